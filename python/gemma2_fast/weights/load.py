@@ -1,0 +1,144 @@
+"""A checkpoint on disk → its ModelSpec, its complete weights and what else it says about itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma2_fast.errors import ConfigError, FileFormatError, WeightsError
+from gemma2_fast.spec import ModelSpec
+from gemma2_fast.spec.families import spec_from_config, spec_from_gguf
+from gemma2_fast.weights.gguf import read_gguf
+from gemma2_fast.weights.manifest import check_weights
+from gemma2_fast.weights.names import (
+    GGUF_OUTPUT,
+    HF_IGNORED,
+    HF_IGNORED_SUFFIX,
+    HF_OUTPUT,
+    gguf_names,
+    hf_names,
+    is_norm,
+)
+from gemma2_fast.weights.safetensors import read_safetensors_directory
+from gemma2_fast.weights.tensor import Tensor
+
+MAX_JSON_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """weights: canonical name → tensor, complete and shape-checked; norm weights are w, never 1 + w.
+
+    generation_config: the keys of generation_config.json, empty without one; eos_ids: end-of-text ids it or the
+    configuration names. gguf_metadata: None for a directory.
+    """
+
+    path: Path
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
+    generation_config: Mapping[str, Any]
+    eos_ids: tuple[int, ...]
+    gguf_metadata: Mapping[str, Any] | None
+
+    @property
+    def num_weight_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.weights.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in self.weights.values())
+
+    @property
+    def matrix_formats(self) -> tuple[str, ...]:
+        """Names of the formats its matrices are stored in, most bytes first."""
+        totals: dict[str, int] = {}
+        for tensor in self.weights.values():
+            if len(tensor.shape) > 1:
+                totals[tensor.format.name] = totals.get(tensor.format.name, 0) + tensor.num_bytes
+        return tuple(sorted(totals, key=lambda name: -totals[name]))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a directory with config.json and safetensors, or a .gguf file. Weights stay memory-mapped."""
+    return _load_directory(path) if path.is_dir() else _load_gguf(path)
+
+
+def _load_directory(directory: Path) -> Checkpoint:
+    config = read_json(directory / "config.json")
+    spec = spec_from_config(config)
+    generation_path = directory / "generation_config.json"
+    generation_config = read_json(generation_path) if generation_path.is_file() else {}
+
+    stored = read_safetensors_directory(directory)
+    names = hf_names(spec, stored)
+    embedding = stored.get(names["embedding"])
+    for output_name in HF_OUTPUT:
+        output = stored.pop(output_name, None)
+        if output is not None and embedding is not None:
+            _check_tied(str(directory), output_name, output, embedding)
+    weights = {name: stored.pop(theirs) for name, theirs in names.items() if theirs in stored}
+    for name, tensor in stored.items():
+        if not name.startswith(HF_IGNORED) and not name.endswith(HF_IGNORED_SUFFIX):
+            weights[name] = tensor
+    check_weights(spec, weights, str(directory))
+    eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
+    return Checkpoint(directory, spec, weights, generation_config, _eos_ids(eos), None)
+
+
+def _load_gguf(path: Path) -> Checkpoint:
+    file = read_gguf(path)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise WeightsError(f"{path}: missing: token_embd.weight, a matrix [vocab_size, width]")
+    spec = spec_from_gguf(file.metadata, embedding.shape[0])
+    stored = dict(file.tensors)
+    output = stored.pop(GGUF_OUTPUT, None)
+    if output is not None:
+        _check_tied(str(path), GGUF_OUTPUT, output, embedding)
+    names = gguf_names(spec)
+    weights = {name: stored.pop(theirs) for name, theirs in names.items() if theirs in stored}
+    weights.update(stored)
+    check_weights(spec, weights, str(path))
+    for name in weights:
+        if is_norm(name):
+            weights[name] = Tensor.from_float32(weights[name].to_float32() - np.float32(1))
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    eos = [int(file.metadata[key]) for key in keys if key in file.metadata]
+    return Checkpoint(path, spec, weights, {}, _eos_ids(eos), file.metadata)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; FileFormatError when it holds anything else."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise FileFormatError(f"{path}: {path.stat().st_size} bytes are more than the {MAX_JSON_BYTES} allowed")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; a model directory needs it") from None
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FileFormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _check_tied(source: str, name: str, output: Tensor, embedding: Tensor) -> None:
+    same_kind = (output.shape, output.format.name) == (embedding.shape, embedding.format.name)
+    if not same_kind or not np.array_equal(output.data, embedding.data):
+        raise WeightsError(
+            f"{source}: {name} differs from the embedding, but every Gemma ties the two; "
+            "this is not a plain Gemma checkpoint"
+        )
+
+
+def _eos_ids(value: Any) -> tuple[int, ...]:
+    """`eos_token_id` may be absent, one id or a list."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in ids):
+        raise ConfigError(f"eos_token_id must be an id or a list of ids, got {value!r}")
+    return tuple(dict.fromkeys(ids))
