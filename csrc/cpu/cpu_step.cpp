@@ -1,0 +1,282 @@
+#include "cpu/cpu_step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "base/errors.h"
+
+namespace gemma2_fast {
+namespace {
+
+constexpr int64_t kRowsPerTask = 64;         // weight rows of a matmul claimed at once
+constexpr int64_t kTokensPerTask = 8;        // tokens of an elementwise op claimed at once
+constexpr int64_t kQueriesPerTask = 32;      // queries of one kv head claimed at once
+constexpr int64_t kElementsPerTask = 16384;  // floats of a flat op claimed at once
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t kv_element_bytes(KvType type) { return type == KvType::kF32 ? 4 : 2; }
+
+int64_t page_bytes(const PagedKvGroup& group, KvType type) {
+    return group.num_kv_heads * 2 * group.head_dim * kPageTokens * kv_element_bytes(type);
+}
+
+}  // namespace
+
+CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& plan, const Options& options)
+    : kernels_(kernels_for(options.instruction_set)),
+      options_(options),
+      plan_(plan),
+      model_(spec, std::move(weights), plan, kernels_),
+      threads_(options.num_threads) {
+    if (plan.page_tokens != kPageTokens)
+        throw Error("cache plan: pages of " + std::to_string(plan.page_tokens) + " tokens, the kernels have " +
+                    std::to_string(kPageTokens));
+    int64_t query_width = 0, kv_width = 0, mlp_width = 0;
+    scratch_floats_ = kernels_.matmul_scratch_floats(spec.model_width);
+    for (const CpuLayer& layer : model_.layers) {
+        const AttentionSpec& attention = layer.attention.spec;
+        int64_t layer_query_width = attention.num_query_heads * attention.head_dim;
+        int64_t group_heads = attention.num_query_heads / attention.num_kv_heads;
+        query_width = std::max(query_width, layer_query_width);
+        kv_width = std::max(kv_width, attention.num_kv_heads * attention.head_dim);
+        mlp_width = std::max(mlp_width, layer.mlp_width);
+        scratch_floats_ = std::max({scratch_floats_, kernels_.matmul_scratch_floats(layer_query_width),
+                                    kernels_.matmul_scratch_floats(layer.mlp_width),
+                                    kernels_.attention_scratch_floats(group_heads, attention.head_dim)});
+    }
+    scratch_floats_ = divide_up(scratch_floats_, 16) * 16;
+
+    try {
+        for (const PagedKvGroup& group : plan.paged)
+            cache_.emplace_back(group.layers.size() * static_cast<std::size_t>(group.num_blocks * page_bytes(group, options.kv_type)));
+        auto rows = [&](int64_t count, int64_t width) { return AlignedBuffer<float>(static_cast<std::size_t>(count * width)); };
+        int64_t tokens = options.max_step_tokens;
+        residual_ = rows(tokens, spec.model_width);
+        normed_ = rows(std::max(tokens, options.max_logits_rows), spec.model_width);
+        branch_ = rows(tokens, spec.model_width);
+        queries_ = rows(tokens, query_width);
+        keys_ = rows(tokens, kv_width);
+        values_ = rows(tokens, kv_width);
+        attention_ = rows(tokens, query_width);
+        gate_ = rows(tokens, mlp_width);
+        up_ = rows(tokens, mlp_width);
+        for (const RopeSpec& rope : model_.ropes) {
+            cos_.push_back(rows(tokens, static_cast<int64_t>(rope.inverse_frequencies.size())));
+            sin_.push_back(rows(tokens, static_cast<int64_t>(rope.inverse_frequencies.size())));
+        }
+        scratch_ = rows(threads_.num_threads(), scratch_floats_);
+    } catch (const std::bad_alloc&) {
+        throw CapacityError("not enough memory for the cache and one step's activations; lower max_seq_len, max_batch_size or "
+                            "kv_cache_gib");
+    }
+}
+
+void CpuStep::run(const StepBatch& batch, std::span<float> logits) {
+    check(batch, logits);
+    embed(batch);
+    compute_rope_tables(batch);
+    for (const CpuLayer& layer : model_.layers) {
+        mix(layer, batch);
+        mlp(layer, batch.num_tokens());
+    }
+    project_logits(batch, logits);
+}
+
+void CpuStep::poison_cache() {
+    for (AlignedBuffer<std::byte>& pages : cache_)
+        std::memset(pages.data(), 0xff, pages.size());  // all ones is a NaN in both element types
+}
+
+void CpuStep::check(const StepBatch& batch, std::span<float> logits) const {
+    if (batch.num_tokens() > options_.max_step_tokens || batch.num_logits() > options_.max_logits_rows)
+        throw Error("step of " + std::to_string(batch.num_tokens()) + " tokens and " + std::to_string(batch.num_logits()) +
+                    " logit rows exceeds the planned " + std::to_string(options_.max_step_tokens) + " and " +
+                    std::to_string(options_.max_logits_rows));
+    if (static_cast<int64_t>(logits.size()) != batch.num_logits() * model_.spec.vocab_size)
+        throw Error("logits have " + std::to_string(logits.size()) + " elements, expected " +
+                    std::to_string(batch.num_logits() * model_.spec.vocab_size));
+}
+
+void CpuStep::embed(const StepBatch& batch) {
+    int64_t width = model_.spec.model_width;
+    for_tokens(batch.num_tokens(), [&](int64_t first, int64_t count) {
+        for (int64_t t = first; t < first + count; ++t) {
+            float* row = residual_.data() + t * width;
+            kernels_.dequantize_row(model_.embedding.type, model_.embedding.row(batch.token_ids[t]), width, row);
+            kernels_.scale(row, width, model_.spec.embedding_scale);
+        }
+    });
+}
+
+void CpuStep::compute_rope_tables(const StepBatch& batch) {
+    for (std::size_t rope = 0; rope < model_.ropes.size(); ++rope) {
+        const std::vector<float>& frequencies = model_.ropes[rope].inverse_frequencies;
+        int64_t pairs = static_cast<int64_t>(frequencies.size());
+        for_tokens(batch.num_tokens(), [&](int64_t first, int64_t count) {
+            for (int64_t t = first; t < first + count; ++t)
+                for (int64_t pair = 0; pair < pairs; ++pair) {
+                    float angle = static_cast<float>(batch.positions[t]) * frequencies[pair];
+                    cos_[rope][t * pairs + pair] = std::cos(angle);
+                    sin_[rope][t * pairs + pair] = std::sin(angle);
+                }
+        });
+    }
+}
+
+void CpuStep::mix(const CpuLayer& layer, const StepBatch& batch) {
+    const CpuAttention& attention = layer.attention;
+    int64_t num_tokens = batch.num_tokens();
+    normalize(layer.gain_before_mixer, num_tokens);
+    matmul(normed_.data(), num_tokens,
+           {{attention.query, queries_.data()}, {attention.key, keys_.data()}, {attention.value, values_.data()}});
+    rotate_and_store(attention, batch);
+    attend(attention, batch);
+    matmul(attention_.data(), num_tokens, {{attention.output, branch_.data()}});
+    add_branch(layer.gain_after_mixer, num_tokens);
+}
+
+void CpuStep::mlp(const CpuLayer& layer, int64_t num_tokens) {
+    normalize(layer.gain_before_mlp, num_tokens);
+    matmul(normed_.data(), num_tokens, {{layer.gate, gate_.data()}, {layer.up, up_.data()}});
+    int64_t count = num_tokens * layer.mlp_width;
+    threads_.parallel_for(divide_up(count, kElementsPerTask), [&](int64_t task, int) {
+        int64_t first = task * kElementsPerTask;
+        float* gate = gate_.data() + first;
+        kernels_.geglu(gate, up_.data() + first, std::min(kElementsPerTask, count - first), gate);
+    });
+    matmul(gate_.data(), num_tokens, {{layer.down, branch_.data()}});
+    add_branch(layer.gain_after_mlp, num_tokens);
+}
+
+// Norms and rotates queries and keys, then appends keys and values to the cache, where attention reads them back.
+void CpuStep::rotate_and_store(const CpuAttention& attention, const StepBatch& batch) {
+    const AttentionSpec& spec = attention.spec;
+    const PagedKvGroup& group = plan_.paged[attention.group_index];
+    const std::vector<int32_t>& table = batch.block_table[attention.group_index];
+    int64_t query_width = spec.num_query_heads * spec.head_dim, kv_width = spec.num_kv_heads * spec.head_dim;
+    int64_t pairs = static_cast<int64_t>(spec.rope.inverse_frequencies.size());
+    KvPages kv_pages = pages(attention);
+    for_tokens(batch.num_tokens(), [&](int64_t first, int64_t count) {
+        for (int64_t t = first; t < first + count; ++t) {
+            float* query = queries_.data() + t * query_width;
+            float* key = keys_.data() + t * kv_width;
+            const float* cos = cos_[attention.rope_index].data() + t * pairs;
+            const float* sin = sin_[attention.rope_index].data() + t * pairs;
+            if (attention.query_gain) {
+                float epsilon = model_.spec.norm_epsilon;
+                kernels_.rms_norm(query, attention.query_gain->data(), epsilon, spec.num_query_heads, spec.head_dim, query);
+                kernels_.rms_norm(key, attention.key_gain->data(), epsilon, spec.num_kv_heads, spec.head_dim, key);
+            }
+            kernels_.rope(query, cos, sin, 1, spec.num_query_heads, spec.head_dim, pairs);
+            kernels_.rope(key, cos, sin, 1, spec.num_kv_heads, spec.head_dim, pairs);
+            auto after = std::upper_bound(batch.first_token.begin(), batch.first_token.end(), static_cast<int32_t>(t));
+            int64_t sequence = after - batch.first_token.begin() - 1;
+            int64_t position = batch.positions[t];
+            int64_t column = position / kPageTokens % group.table_width;
+            kernels_.write_kv(kv_pages, table[sequence * group.table_width + column], position % kPageTokens, key,
+                              values_.data() + t * kv_width);
+        }
+    });
+}
+
+void CpuStep::attend(const CpuAttention& attention, const StepBatch& batch) {
+    const AttentionSpec& spec = attention.spec;
+    const PagedKvGroup& group = plan_.paged[attention.group_index];
+    int64_t query_width = spec.num_query_heads * spec.head_dim;
+    int64_t group_heads = spec.num_query_heads / spec.num_kv_heads;
+    AttentionTask task;
+    task.query_stride = task.out_stride = query_width;
+    task.group_heads = group_heads;
+    task.pages = pages(attention);
+    task.table_width = group.table_width;
+    task.query_scale = spec.query_scale;
+    task.score_softcap = spec.score_softcap;
+    task.window_keys = spec.window_keys;
+    tasks_.clear();
+    for (int64_t s = 0; s < batch.num_sequences(); ++s) {
+        task.block_table = batch.block_table[attention.group_index].data() + s * group.table_width;
+        for (int64_t first = batch.first_token[s]; first < batch.first_token[s + 1]; first += kQueriesPerTask) {
+            task.num_queries = std::min(kQueriesPerTask, batch.first_token[s + 1] - first);
+            task.first_position = batch.positions[first];
+            for (task.kv_head = 0; task.kv_head < spec.num_kv_heads; ++task.kv_head) {
+                int64_t offset = first * query_width + task.kv_head * group_heads * spec.head_dim;
+                task.queries = queries_.data() + offset;
+                task.out = attention_.data() + offset;
+                tasks_.push_back(task);
+            }
+        }
+    }
+    threads_.parallel_for(static_cast<int64_t>(tasks_.size()),
+                          [&](int64_t index, int thread) { kernels_.attention(tasks_[index], scratch(thread)); });
+}
+
+void CpuStep::project_logits(const StepBatch& batch, std::span<float> logits) {
+    int64_t width = model_.spec.model_width, num_rows = batch.num_logits();
+    if (num_rows == 0) return;
+    for (int64_t row = 0; row < num_rows; ++row)
+        kernels_.rms_norm(residual_.data() + batch.logits_token[row] * width, model_.final_gain.data(), model_.spec.norm_epsilon, 1,
+                          width, normed_.data() + row * width);
+    matmul(normed_.data(), num_rows, {{model_.embedding, logits.data()}});
+    if (!model_.spec.final_softcap) return;
+    int64_t count = static_cast<int64_t>(logits.size());
+    threads_.parallel_for(divide_up(count, kElementsPerTask), [&](int64_t task, int) {
+        int64_t first = task * kElementsPerTask;
+        kernels_.softcap(logits.data() + first, std::min(kElementsPerTask, count - first), *model_.spec.final_softcap);
+    });
+}
+
+void CpuStep::matmul(const float* x, int64_t num_tokens, std::initializer_list<MatmulJob> jobs) {
+    int64_t num_tasks = 0;
+    for (const MatmulJob& job : jobs) num_tasks += divide_up(job.weight.rows, kRowsPerTask);
+    threads_.parallel_for(num_tasks, [&](int64_t task, int thread) {
+        for (const MatmulJob& job : jobs) {
+            int64_t job_tasks = divide_up(job.weight.rows, kRowsPerTask);
+            if (task < job_tasks) {
+                int64_t first = task * kRowsPerTask;
+                int64_t end = std::min(first + kRowsPerTask, job.weight.rows);
+                kernels_.matmul(job.weight, first, end, x, num_tokens, job.out, job.weight.rows, scratch(thread));
+                return;
+            }
+            task -= job_tasks;
+        }
+    });
+}
+
+void CpuStep::add_branch(const std::optional<Gain>& gain, int64_t num_tokens) {
+    int64_t width = model_.spec.model_width;
+    for_tokens(num_tokens, [&](int64_t first, int64_t count) {
+        const float* branch = branch_.data() + first * width;
+        float* residual = residual_.data() + first * width;
+        if (gain)
+            kernels_.rms_norm_add(branch, gain->data(), model_.spec.norm_epsilon, count, width, residual);
+        else
+            kernels_.add(branch, count * width, residual);
+    });
+}
+
+void CpuStep::normalize(const Gain& gain, int64_t num_tokens) {
+    int64_t width = model_.spec.model_width;
+    for_tokens(num_tokens, [&](int64_t first, int64_t count) {
+        kernels_.rms_norm(residual_.data() + first * width, gain.data(), model_.spec.norm_epsilon, count, width,
+                          normed_.data() + first * width);
+    });
+}
+
+void CpuStep::for_tokens(int64_t num_tokens, FunctionRef<void(int64_t first, int64_t count)> body) {
+    threads_.parallel_for(divide_up(num_tokens, kTokensPerTask), [&](int64_t task, int) {
+        int64_t first = task * kTokensPerTask;
+        body(first, std::min(kTokensPerTask, num_tokens - first));
+    });
+}
+
+KvPages CpuStep::pages(const CpuAttention& attention) {
+    const PagedKvGroup& group = plan_.paged[attention.group_index];
+    int64_t layer_bytes = group.num_blocks * page_bytes(group, options_.kv_type);
+    std::byte* data = cache_[attention.group_index].data();
+    return {data + static_cast<int64_t>(attention.group_layer) * layer_bytes, options_.kv_type, group.num_kv_heads, group.head_dim};
+}
+
+}  // namespace gemma2_fast

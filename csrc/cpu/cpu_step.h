@@ -1,0 +1,75 @@
+#pragma once
+
+#include <initializer_list>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "base/thread_pool.h"
+#include "cpu/cpu_layers.h"
+#include "cpu/kernels.h"
+#include "runtime/cache_plan.h"
+#include "runtime/model_step.h"
+
+namespace gemma2_fast {
+
+// Runs a model on the CPU: owns the cache pages and the activations of one step, all allocated up front.
+class CpuStep final : public ModelStep {
+  public:
+    struct Options {
+        KvType kv_type = KvType::kF32;
+        InstructionSet instruction_set = InstructionSet::kScalar;
+        int num_threads = 1;
+        int64_t max_step_tokens = 0;
+        int64_t max_logits_rows = 0;
+    };
+
+    CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& plan, const Options& options);
+
+    void run(const StepBatch& batch, std::span<float> logits) override;
+
+    // Fills every page with NaN, so that a read of a slot nobody wrote shows in the logits.
+    void poison_cache();
+
+  private:
+    struct MatmulJob {
+        const WeightView& weight;
+        float* out;
+    };
+
+    void check(const StepBatch& batch, std::span<float> logits) const;
+    void embed(const StepBatch& batch);
+    void compute_rope_tables(const StepBatch& batch);
+    void mix(const CpuLayer& layer, const StepBatch& batch);
+    void rotate_and_store(const CpuAttention& attention, const StepBatch& batch);
+    void attend(const CpuAttention& attention, const StepBatch& batch);
+    void mlp(const CpuLayer& layer, int64_t num_tokens);
+    void project_logits(const StepBatch& batch, std::span<float> logits);
+
+    // One parallel region over the rows of all jobs, which share the input x [num_tokens, cols].
+    void matmul(const float* x, int64_t num_tokens, std::initializer_list<MatmulJob> jobs);
+    void add_branch(const std::optional<Gain>& gain, int64_t num_tokens);  // residual_ += norm(branch_)
+    void normalize(const Gain& gain, int64_t num_tokens);                 // normed_ = norm(residual_)
+    void for_tokens(int64_t num_tokens, FunctionRef<void(int64_t first, int64_t count)> body);
+    KvPages pages(const CpuAttention& attention);
+    float* scratch(int thread_index) { return scratch_.data() + thread_index * scratch_floats_; }
+
+    const Kernels& kernels_;
+    Options options_;
+    CachePlan plan_;
+    CpuModel model_;
+    ThreadPool threads_;
+    std::vector<AlignedBuffer<std::byte>> cache_;  // per paged group: [layers, blocks, K, 2, D * P]
+
+    // Activations of a step, T rows each; E model, Q = H * D, KV = K * D, F MLP width.
+    AlignedBuffer<float> residual_, normed_, branch_;           // [T, E]
+    AlignedBuffer<float> queries_, keys_, values_, attention_;  // [T, Q], [T, KV], [T, KV], [T, Q]
+    AlignedBuffer<float> gate_, up_;                            // [T, F]
+    std::vector<AlignedBuffer<float>> cos_, sin_;               // per rope: [T, pairs]
+    std::vector<AttentionTask> tasks_;
+    int64_t scratch_floats_ = 0;
+    AlignedBuffer<float> scratch_;  // [threads, scratch_floats]
+};
+
+}  // namespace gemma2_fast
