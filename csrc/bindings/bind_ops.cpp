@@ -1,0 +1,292 @@
+// The ops of one instruction set on numpy arrays, for tests and benchmarks. Outputs are new arrays unless named.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "base/errors.h"
+#include "base/thread_pool.h"
+#include "bindings/bindings.h"
+#include "cpu/ceilings.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace gemma2_fast {
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Ints = py::array_t<int32_t, py::array::c_style>;
+
+constexpr int64_t kRowsPerTask = 64;  // weight rows of a matmul claimed at once, as in cpu/cpu_step.cpp
+
+std::string shape_text(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
+
+void require(bool met, const std::string& what, const std::string& expected, const std::string& actual) {
+    if (!met) throw RequestError(what + ": expected " + expected + ", got " + actual);
+}
+
+void require_shape(const py::array& array, const char* name, const std::vector<int64_t>& shape) {
+    bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
+    std::string expected;
+    for (std::size_t i = 0; i < shape.size(); ++i) {
+        same = same && array.shape(static_cast<py::ssize_t>(i)) == shape[i];
+        expected += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+    }
+    require(same, name, "shape (" + expected + ")", shape_text(array));
+}
+
+void require_dims(const py::array& array, const char* name, int dims) {
+    require(array.ndim() == dims && array.size() > 0, name, "a non-empty array of " + std::to_string(dims) + " dimensions",
+            "shape " + shape_text(array));
+}
+
+// A view of stored bytes; they may be unaligned, and must be exactly `rows` whole rows.
+WeightView view_of(const std::string& format_name, const Bytes& data, int64_t rows, int64_t cols) {
+    const WeightFormat& format = weight_format(format_name);
+    require(rows > 0 && cols > 0 && cols % format.block_weights == 0, "weight shape",
+            "positive rows and a positive multiple of " + std::to_string(format.block_weights) + " columns",
+            std::to_string(rows) + " x " + std::to_string(cols));
+    const WeightView view{format.type, rows, cols, reinterpret_cast<const std::byte*>(data.data())};
+    require(data.nbytes() == rows * view.row_bytes(), "weight data", std::to_string(rows * view.row_bytes()) + " bytes",
+            std::to_string(data.nbytes()));
+    return view;
+}
+
+Floats copy_of(const Floats& array) {
+    Floats copy(std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()));
+    std::copy_n(array.data(), array.size(), copy.mutable_data());
+    return copy;
+}
+
+// pages: float32, or uint16 that holds bfloat16, [N, K, 2, D * P].
+KvPages pages_of(const py::array& pages) {
+    const bool is_f32 = py::isinstance<Floats>(pages), is_bf16 = py::isinstance<py::array_t<uint16_t, py::array::c_style>>(pages);
+    require(is_f32 || is_bf16, "pages", "a contiguous array of float32 or uint16", py::str(pages.dtype()).cast<std::string>());
+    require_dims(pages, "pages", 4);
+    require(pages.shape(2) == 2 && pages.shape(3) % kPageTokens == 0, "pages",
+            "shape [N, K, 2, D * " + std::to_string(kPageTokens) + "]", shape_text(pages));
+    return {static_cast<std::byte*>(const_cast<void*>(pages.data())), is_f32 ? KvType::kF32 : KvType::kBF16, pages.shape(1),
+            pages.shape(3) / kPageTokens};
+}
+
+class Ops {
+  public:
+    Ops(const std::string& instruction_set, int num_threads)
+        : set_(choose_instruction_set(instruction_set)),
+          kernels_(kernels_for(set_)),
+          ceilings_(ceilings_for(set_)),
+          threads_(num_threads) {}
+
+    std::string instruction_set() const { return std::string(instruction_set_name(kernels_.instruction_set)); }
+
+    Floats dequantize_row(const std::string& format, const Bytes& data, int64_t cols) {
+        const WeightView view = view_of(format, data, 1, cols);
+        Floats out(cols);
+        kernels_.dequantize_row(view.type, view.data, cols, out.mutable_data());
+        return out;
+    }
+
+    // Rows outside [row_begin, row_end) of a new `out` are NaN.
+    Floats matmul(const std::string& format, const Bytes& data, int64_t rows, const Floats& x, int64_t row_begin,
+                  std::optional<int64_t> row_end, std::optional<Floats> given_out) {
+        require_dims(x, "x", 2);
+        const int64_t num_tokens = x.shape(0), cols = x.shape(1);
+        const WeightView view = view_of(format, data, rows, cols);
+        const int64_t end = row_end.value_or(rows);
+        require(0 <= row_begin && row_begin < end && end <= rows, "row range",
+                "0 <= row_begin < row_end <= " + std::to_string(rows),
+                std::to_string(row_begin) + " to " + std::to_string(end));
+        Floats out = given_out ? *given_out : Floats({num_tokens, rows});
+        require_shape(out, "out", {num_tokens, rows});
+        const float* activations = x.data();
+        float* result = out.mutable_data();
+        if (!given_out) std::fill_n(result, out.size(), std::numeric_limits<float>::quiet_NaN());
+
+        const int64_t scratch_floats = (kernels_.matmul_scratch_floats(cols) + 15) / 16 * 16;
+        reserve_scratch(scratch_floats * threads_.num_threads());
+        py::gil_scoped_release no_gil;
+        threads_.parallel_for((end - row_begin + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int thread) {
+            const int64_t first = row_begin + task * kRowsPerTask;
+            kernels_.matmul(view, first, std::min(first + kRowsPerTask, end), activations, num_tokens, result, rows,
+                            scratch_.data() + thread * scratch_floats);
+        });
+        return out;
+    }
+
+    Floats rms_norm(const Floats& x, const Floats& gain, float epsilon) {
+        require_dims(x, "x", 2);
+        require_shape(gain, "gain", {x.shape(1)});
+        Floats out({x.shape(0), x.shape(1)});
+        kernels_.rms_norm(x.data(), gain.data(), epsilon, x.shape(0), x.shape(1), out.mutable_data());
+        return out;
+    }
+
+    Floats rms_norm_add(const Floats& x, const Floats& gain, float epsilon, const Floats& residual) {
+        require_dims(x, "x", 2);
+        require_shape(gain, "gain", {x.shape(1)});
+        require_shape(residual, "residual", {x.shape(0), x.shape(1)});
+        Floats out = copy_of(residual);
+        kernels_.rms_norm_add(x.data(), gain.data(), epsilon, x.shape(0), x.shape(1), out.mutable_data());
+        return out;
+    }
+
+    Floats add(const Floats& x, const Floats& residual) {
+        require(x.size() == residual.size(), "residual", shape_text(x), shape_text(residual));
+        Floats out = copy_of(residual);
+        kernels_.add(x.data(), x.size(), out.mutable_data());
+        return out;
+    }
+
+    Floats scale(const Floats& x, float factor) {
+        Floats out = copy_of(x);
+        kernels_.scale(out.mutable_data(), out.size(), factor);
+        return out;
+    }
+
+    Floats softcap(const Floats& x, float cap) {
+        Floats out = copy_of(x);
+        kernels_.softcap(out.mutable_data(), out.size(), cap);
+        return out;
+    }
+
+    Floats geglu(const Floats& gate, const Floats& up) {
+        require(gate.size() == up.size(), "up", shape_text(gate), shape_text(up));
+        Floats out = copy_of(gate);
+        kernels_.geglu(gate.data(), up.data(), gate.size(), out.mutable_data());
+        return out;
+    }
+
+    Floats rope(const Floats& x, const Floats& cos, const Floats& sin) {
+        require_dims(x, "x", 3);
+        require_dims(cos, "cos", 2);
+        const int64_t num_tokens = x.shape(0), head_dim = x.shape(2), num_pairs = cos.shape(1);
+        require(2 * num_pairs <= head_dim, "cos", "at most " + std::to_string(head_dim / 2) + " pairs",
+                std::to_string(num_pairs));
+        require_shape(cos, "cos", {num_tokens, num_pairs});
+        require_shape(sin, "sin", {num_tokens, num_pairs});
+        Floats out = copy_of(x);
+        kernels_.rope(out.mutable_data(), cos.data(), sin.data(), num_tokens, x.shape(1), head_dim, num_pairs);
+        return out;
+    }
+
+    // Changes `pages`.
+    void write_kv(const py::array& pages, int64_t block_index, int64_t slot_in_page, const Floats& keys,
+                  const Floats& values) {
+        const KvPages view = pages_of(pages);
+        require(pages.writeable(), "pages", "a writable array", "a read-only one");
+        require(0 <= block_index && block_index < pages.shape(0), "block_index", "a page of the array",
+                std::to_string(block_index));
+        require(0 <= slot_in_page && slot_in_page < kPageTokens, "slot_in_page", "a slot of the page",
+                std::to_string(slot_in_page));
+        require_shape(keys, "keys", {view.num_kv_heads, view.head_dim});
+        require_shape(values, "values", {view.num_kv_heads, view.head_dim});
+        kernels_.write_kv(view, block_index, slot_in_page, keys.data(), values.data());
+    }
+
+    Floats attention(const Floats& queries, const py::array& pages, const Ints& block_table, int64_t first_position,
+                     int64_t kv_head, float query_scale, std::optional<float> score_softcap,
+                     std::optional<int64_t> window_keys) {
+        require_dims(queries, "queries", 3);
+        require_dims(block_table, "block_table", 1);
+        const KvPages view = pages_of(pages);
+        require(queries.shape(2) == view.head_dim, "queries", "head_dim " + std::to_string(view.head_dim),
+                shape_text(queries));
+        require(0 <= kv_head && kv_head < view.num_kv_heads, "kv_head", "a head of the pages", std::to_string(kv_head));
+        require(first_position >= 0, "first_position", "at least 0", std::to_string(first_position));
+        require(!window_keys || *window_keys > 0, "window_keys", "at least 1", std::to_string(window_keys.value_or(1)));
+        const int64_t group_heads = queries.shape(1), stride = group_heads * view.head_dim;
+        Floats out({queries.shape(0), queries.shape(1), queries.shape(2)});
+        AttentionTask task;
+        task.queries = queries.data();
+        task.query_stride = stride;
+        task.out = out.mutable_data();
+        task.out_stride = stride;
+        task.num_queries = queries.shape(0);
+        task.first_position = first_position;
+        task.group_heads = group_heads;
+        task.kv_head = kv_head;
+        task.pages = view;
+        task.block_table = block_table.data();
+        task.table_width = block_table.shape(0);
+        task.query_scale = query_scale;
+        task.score_softcap = score_softcap;
+        task.window_keys = window_keys;
+        reserve_scratch(kernels_.attention_scratch_floats(group_heads, view.head_dim));
+        kernels_.attention(task, scratch_.data());
+        return out;
+    }
+
+    // The ceilings run the same loop in every thread and return the work done by all: bytes, or multiplications.
+    int64_t read(const Bytes& data) {
+        const auto* bytes = reinterpret_cast<const std::byte*>(data.data());
+        const int64_t share = data.nbytes() / threads_.num_threads() / 1024 * 1024;
+        return in_every_thread([&](int64_t task) {
+            ceilings_.read(bytes + task * share, share);
+            return share;
+        });
+    }
+    int64_t multiply_add(int64_t wanted) {
+        return in_every_thread([&](int64_t) { return ceilings_.multiply_add(wanted / threads_.num_threads()); });
+    }
+    int64_t multiply_add_bytes(int64_t wanted) {
+        return in_every_thread([&](int64_t) { return ceilings_.multiply_add_bytes(wanted / threads_.num_threads()); });
+    }
+
+  private:
+    void reserve_scratch(int64_t floats) {
+        if (static_cast<int64_t>(scratch_.size()) < floats) scratch_ = AlignedBuffer<float>(static_cast<std::size_t>(floats));
+    }
+
+    template <typename Body>
+    int64_t in_every_thread(const Body& body) {
+        std::vector<int64_t> done(static_cast<std::size_t>(threads_.num_threads()));
+        py::gil_scoped_release no_gil;
+        threads_.parallel_for(threads_.num_threads(),
+                              [&](int64_t task, int) { done[static_cast<std::size_t>(task)] = body(task); });
+        int64_t sum = 0;
+        for (const int64_t part : done) sum += part;
+        return sum;
+    }
+
+    InstructionSet set_;
+    const Kernels& kernels_;
+    const Ceilings& ceilings_;
+    ThreadPool threads_;
+    AlignedBuffer<float> scratch_;
+};
+
+}  // namespace
+
+void bind_ops(py::module_& module) {
+    py::class_<Ops>(module, "Ops")
+        .def(py::init<const std::string&, int>(), py::arg("instruction_set") = "auto", py::arg("num_threads") = 1)
+        .def_property_readonly("instruction_set", &Ops::instruction_set)
+        .def("dequantize_row", &Ops::dequantize_row, py::arg("format"), py::arg("data"), py::arg("cols"))
+        .def("matmul", &Ops::matmul, py::arg("format"), py::arg("data"), py::arg("rows"), py::arg("x"),
+             py::arg("row_begin") = 0, py::arg("row_end") = py::none(), py::arg("out") = py::none())
+        .def("rms_norm", &Ops::rms_norm, py::arg("x"), py::arg("gain"), py::arg("epsilon"))
+        .def("rms_norm_add", &Ops::rms_norm_add, py::arg("x"), py::arg("gain"), py::arg("epsilon"), py::arg("residual"))
+        .def("add", &Ops::add, py::arg("x"), py::arg("residual"))
+        .def("scale", &Ops::scale, py::arg("x"), py::arg("factor"))
+        .def("softcap", &Ops::softcap, py::arg("x"), py::arg("cap"))
+        .def("geglu", &Ops::geglu, py::arg("gate"), py::arg("up"))
+        .def("rope", &Ops::rope, py::arg("x"), py::arg("cos"), py::arg("sin"))
+        .def("write_kv", &Ops::write_kv, py::arg("pages"), py::arg("block_index"), py::arg("slot_in_page"), py::arg("keys"),
+             py::arg("values"))
+        .def("attention", &Ops::attention, py::arg("queries"), py::arg("pages"), py::arg("block_table"),
+             py::arg("first_position"), py::arg("kv_head"), py::arg("query_scale"),
+             py::arg("score_softcap") = py::none(), py::arg("window_keys") = py::none())
+        .def("read", &Ops::read, py::arg("data"))
+        .def("multiply_add", &Ops::multiply_add, py::arg("wanted"))
+        .def("multiply_add_bytes", &Ops::multiply_add_bytes, py::arg("wanted"));
+}
+
+}  // namespace gemma2_fast

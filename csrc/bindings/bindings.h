@@ -1,0 +1,14 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace gemma2_fast {
+
+// One file each; together they are the whole of gemma2_fast._core.
+void bind_errors(pybind11::module_& module);
+void bind_machine(pybind11::module_& module);
+void bind_ops(pybind11::module_& module);
+void bind_runtime(pybind11::module_& module);
+void bind_model(pybind11::module_& module);
+
+}  // namespace gemma2_fast

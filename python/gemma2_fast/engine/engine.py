@@ -1,0 +1,121 @@
+"""Joins a backend to the C++ decode loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gemma2_fast import _core
+from gemma2_fast.engine.cache_plan import PAGE_TOKENS, CachePlan
+from gemma2_fast.engine.options import EnginePlan
+from gemma2_fast.errors import BackendError
+from gemma2_fast.quant import FORMATS
+from gemma2_fast.spec import AttentionSpec, LayerSpec, ModelSpec
+from gemma2_fast.weights.tensor import Tensor
+
+Weights = Mapping[str, Tensor]
+
+
+def start_engine(plan: EnginePlan, weights: Weights) -> _core.DecodeLoop:
+    """Build the backend's step and start the loop that drives it."""
+    if plan.weight_dtype is not None:
+        weights = {name: _converted(tensor, plan.weight_dtype) for name, tensor in weights.items()}
+    cache = core_cache_plan(plan.cache)
+    step: _core.ModelStep
+    if plan.backend == "cpu":
+        step = cpu_step(plan, weights, cache)
+    else:
+        # Only this backend needs torch.
+        from gemma2_fast.reference import DTYPES, ReferenceModel, ReferenceStep
+
+        model = ReferenceModel(plan.spec, weights, DTYPES[plan.compute_dtype])
+        step = _core.CallbackStep(ReferenceStep(model, plan.cache).run)
+    limits = _core.Limits(
+        max_running_sequences=plan.cache.max_sequences,
+        max_step_tokens=plan.cache.max_step_tokens,
+        max_seq_len=plan.cache.max_seq_len,
+        max_logits_rows=plan.max_logits_rows,
+        vocab_size=plan.spec.vocab_size,
+    )
+    return _core.DecodeLoop(step, cache, limits)
+
+
+def cpu_step(plan: EnginePlan, weights: Weights, cache: _core.CachePlan) -> _core.CpuStep:
+    """The C++ CPU backend over memory-mapped weights."""
+    return _core.CpuStep(
+        spec=_core_spec(plan.spec),
+        weights={name: (tensor.format.name, tensor.shape, tensor.data) for name, tensor in weights.items()},
+        plan=cache,
+        kv_dtype=plan.cache.kv_dtype,
+        instruction_set=plan.instruction_set,
+        num_threads=plan.num_threads,
+        max_step_tokens=plan.cache.max_step_tokens,
+        max_logits_rows=plan.max_logits_rows,
+    )
+
+
+def core_cache_plan(plan: CachePlan) -> _core.CachePlan:
+    """The C++ mirror of a cache plan."""
+    paged = [
+        _core.PagedKvGroup(
+            layers=list(group.layers),
+            num_kv_heads=group.num_kv_heads,
+            head_dim=group.head_dim,
+            window_keys=group.window_keys,
+            num_blocks=group.num_blocks,
+            table_width=group.table_width,
+        )
+        for group in plan.paged
+    ]
+    recurrent = None
+    if plan.recurrent is not None:
+        recurrent = _core.RecurrentStateGroup(
+            layers=list(plan.recurrent.layers),
+            width=plan.recurrent.width,
+            conv_tail=plan.recurrent.conv_tail,
+            num_slots=plan.recurrent.num_slots,
+        )
+    return _core.CachePlan(page_tokens=PAGE_TOKENS, paged=paged, recurrent=recurrent)
+
+
+def _core_spec(spec: ModelSpec) -> _core.ModelSpec:
+    return _core.ModelSpec(
+        model_width=spec.model_width,
+        vocab_size=spec.vocab_size,
+        embedding_scale=spec.embedding_scale,
+        norm_epsilon=spec.norm_epsilon,
+        final_softcap=spec.final_softcap,
+        layers=[_core_layer(layer) for layer in spec.layers],
+    )
+
+
+def _core_layer(layer: LayerSpec) -> _core.LayerSpec:
+    attention = layer.mixer
+    if not isinstance(attention, AttentionSpec):
+        raise BackendError("the CPU backend has no recurrent layers yet; use a Gemma 1, 2 or 3 model")
+    mixer = _core.AttentionSpec(
+        num_query_heads=attention.num_query_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        query_scale=attention.query_scale,
+        score_softcap=attention.score_softcap,
+        window_keys=attention.window_keys,
+        qk_norm=attention.qk_norm,
+        inverse_frequencies=attention.rope.inverse_frequencies(),
+    )
+    return _core.LayerSpec(
+        mixer=mixer,
+        mlp_width=layer.mlp.width,
+        norm_after_mixer=layer.norms.after_mixer,
+        norm_after_mlp=layer.norms.after_mlp,
+    )
+
+
+def _converted(tensor: Tensor, format_name: str) -> Tensor:
+    """The tensor in another unquantised format; vectors stay as they are."""
+    target = FORMATS[format_name]
+    if len(tensor.shape) < 2 or tensor.format is target or target.pack is None:
+        return tensor
+    blocks = tensor.to_float32().reshape(-1, target.block_weights)
+    return Tensor(tensor.shape, target, np.ascontiguousarray(target.pack(blocks)).reshape(-1))

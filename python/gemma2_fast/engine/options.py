@@ -1,0 +1,175 @@
+"""What the user asked for, and the plan it gives on this machine. Nothing is allocated here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from typing import Any
+
+from gemma2_fast import _core
+from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
+from gemma2_fast.errors import BackendError, CapacityError, RequestError
+from gemma2_fast.spec import ModelSpec, RecurrentSpec
+
+DEFAULT_STEP_TOKENS = 512
+# Rows of [L, V] float32 logits a step may yield; bounds what prompt logprobs hold at once.
+LOGITS_ROWS = 32
+# Share of the free memory that a cache of unstated size may take.
+FREE_MEMORY_SHARE = 0.5
+
+log = logging.getLogger("gemma2_fast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The keyword arguments of Generator.from_pretrained that shape the engine; see there."""
+
+    backend: str = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None
+    activations: str = "auto"
+    kv_dtype: str = "auto"
+    max_seq_len: int | None = None
+    max_batch_size: int = 8
+    max_step_tokens: int | None = None
+    kv_cache_gib: float | None = None
+    num_threads: int | None = None
+    sliding_window: int | None = None
+    instruction_set: str = "auto"
+
+    def __post_init__(self) -> None:
+        _choice("backend", self.backend, ("auto", "cpu", "reference"), {"cuda": "this build has no GPU backend yet"})
+        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16"), {"float16": "Gemma's activations overflow it"})
+        later = "not available yet; load a quantised GGUF file instead"
+        _choice("quantization", self.quantization, (None,), {"int8": later, "int4": later})
+        _choice("activations", self.activations, ("auto", "float32"), {"int8": "not available yet"})
+        _choice("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16"), {"int8": "not available yet"})
+        for name in ("max_seq_len", "max_batch_size", "max_step_tokens", "num_threads", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
+                raise RequestError(f"{name} must be a positive whole number, got {value!r}")
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < 2**20:
+            raise RequestError(f"kv_cache_gib must be a positive number, got {self.kv_cache_gib!r}")
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> EngineOptions:
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(keywords) - set(known))
+        if unknown:
+            raise RequestError(f"unknown options: {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**keywords)
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Every choice made: `spec` has the window in force, `compute_dtype` is that of the activations."""
+
+    spec: ModelSpec
+    backend: str
+    weight_dtype: str | None
+    compute_dtype: str
+    instruction_set: str
+    num_threads: int
+    cache: CachePlan
+    max_logits_rows: int
+
+
+def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: EngineOptions) -> EnginePlan:
+    """Resolve every "auto" and size the cache. `matrix_formats` are the checkpoint's, most bytes first.
+
+    `weight_dtype` of the plan is the format that unquantised weights are converted to, None to keep them as stored.
+    """
+    backend = options.backend
+    if backend == "auto":
+        backend = "cpu"
+        log.info("backend: cpu (this build has no other)")
+    if any(isinstance(layer.mixer, RecurrentSpec) for layer in spec.layers):
+        raise BackendError(f"{spec.family} has recurrent layers, which no backend can run yet")
+    if backend == "reference" and find_spec("torch") is None:
+        raise BackendError('backend="reference" needs PyTorch: pip install "gemma2-fast[torch]"')
+
+    stored = matrix_formats[0]
+    dtype = options.dtype
+    weight_dtype = {"float32": None, "bfloat16": "BF16", "auto": None}[dtype] if stored in ("F32", "F16") else None
+    if dtype == "auto":
+        dtype = "bfloat16" if stored == "BF16" else "float32"
+    kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
+    compute_dtype = "bfloat16" if backend == "reference" and options.dtype == "bfloat16" else "float32"
+
+    spec = spec.with_window(options.sliding_window)
+    max_seq_len = options.max_seq_len or spec.max_positions
+    if max_seq_len > spec.max_positions:
+        raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
+    step_tokens = options.max_step_tokens or DEFAULT_STEP_TOKENS
+    step_tokens = max(min(step_tokens, max_seq_len * options.max_batch_size), options.max_batch_size)
+    cache = _plan_cache(spec, options, kv_dtype, max_seq_len, step_tokens)
+    return EnginePlan(
+        spec=spec,
+        backend=backend,
+        weight_dtype=weight_dtype,
+        compute_dtype=compute_dtype,
+        instruction_set=_core.choose_instruction_set(options.instruction_set),
+        num_threads=options.num_threads or len(os.sched_getaffinity(0)),
+        cache=cache,
+        max_logits_rows=max(LOGITS_ROWS, options.max_batch_size),
+    )
+
+
+def _plan_cache(
+    spec: ModelSpec, options: EngineOptions, kv_dtype: str, max_seq_len: int, step_tokens: int
+) -> CachePlan:
+    free_bytes = free_memory_bytes()
+    limit_bytes = int(free_bytes * FREE_MEMORY_SHARE)
+    if options.kv_cache_gib is not None:
+        limit_bytes = int(options.kv_cache_gib * 2**30)
+        if limit_bytes > free_bytes:
+            raise CapacityError(
+                f"kv_cache_gib={options.kv_cache_gib:g} is more than the {free_bytes / 2**30:.1f} GiB of free memory"
+            )
+
+    def plan(limit: int | None) -> CachePlan:
+        return plan_cache(
+            spec,
+            kv_dtype=kv_dtype,
+            max_seq_len=max_seq_len,
+            max_sequences=options.max_batch_size,
+            max_step_tokens=step_tokens,
+            limit_bytes=limit,
+        )
+
+    cache = plan(limit_bytes)
+    wanted_bytes = plan(None).num_bytes
+    if cache.num_bytes < wanted_bytes:
+        log.warning(
+            "cache cut from %.2f to %.2f GiB: %d sequences of %d tokens may have to wait for one another",
+            wanted_bytes / 2**30,
+            cache.num_bytes / 2**30,
+            options.max_batch_size,
+            max_seq_len,
+        )
+    return cache
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping: the kernel's estimate, or what the control group leaves of it."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = file.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            used = int(file.read())
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def _choice(name: str, value: Any, known: tuple[Any, ...], reasons: dict[Any, str]) -> None:
+    if value in known:
+        return
+    if value in reasons:
+        raise BackendError(f"{name}={value!r}: {reasons[value]}")
+    listed = ", ".join(repr(item) for item in (*known, *reasons))
+    raise RequestError(f"{name} must be one of {listed}, got {value!r}")

@@ -1,0 +1,303 @@
+"""The face of the package: a loaded model that generates, chats and scores."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2_fast import _core
+from gemma2_fast.description import Description
+from gemma2_fast.engine.engine import start_engine
+from gemma2_fast.engine.options import EngineOptions, EnginePlan, plan_engine
+from gemma2_fast.errors import GenerationError, RequestError, TokenizerError
+from gemma2_fast.outputs import Generation
+from gemma2_fast.sampling import SamplingParams
+from gemma2_fast.spec import ModelSpec
+from gemma2_fast.stream import WAIT_SECONDS, TokenStream
+from gemma2_fast.text import (
+    TOKENIZER_FILES,
+    ChatFormat,
+    Tokenizer,
+    chat_template_from_gguf,
+    find_chat_template,
+    find_tokenizer,
+)
+from gemma2_fast.weights.demo import DEMO_MODEL, demo_model_path
+from gemma2_fast.weights.hub import resolve_model
+from gemma2_fast.weights.load import Checkpoint, load_checkpoint
+from gemma2_fast.weights.prefault import prefault
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+_HUB_DEFAULTS: dict[str, Any] = {
+    "revision": None,
+    "token": None,
+    "cache_dir": None,
+    "local_files_only": False,
+    "progress": False,
+}
+
+
+class Generator:
+    """A Gemma model ready to run. Safe to call from several threads; close it, or use it as a context manager.
+
+    backend: "auto", "cpu" or "reference" (PyTorch); plan: every choice that was made; spec: the model as data.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: EnginePlan) -> None:
+        self.plan = plan
+        self._checkpoint = checkpoint
+        self._tokenizer, template = load_text(checkpoint)
+        self._chat_format = None if self._tokenizer is None else ChatFormat(template, self._tokenizer)
+        self._loop = start_engine(plan, checkpoint.weights)
+        self._finalizer = weakref.finalize(self, self._loop.close)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        progress: bool = True,
+        **options: Any,
+    ) -> Generator:
+        """Load a hub id, a local directory, a .gguf file, or "gemma-3-270m" (which ships with the [demo] extra).
+
+        backend: "auto" | "cpu" | "reference". dtype: "auto" (the checkpoint's own) | "float32" | "bfloat16".
+        kv_dtype: "auto" (follows dtype) | "float32" | "bfloat16". activations: "auto" | "float32".
+        quantization: None. max_seq_len: tokens a sequence may reach, the model's own limit by default.
+        max_batch_size: sequences that run at once. max_step_tokens: tokens one step computes, 512 by default.
+        kv_cache_gib: memory for keys and values, half of what is free at most by default.
+        num_threads: all processors by default. sliding_window: keys a windowed layer sees, as trained by default.
+        instruction_set: "auto" | "avx512_vnni" | "avx2" | "scalar".
+        revision, token, cache_dir, local_files_only: for the hub. progress: bars on a terminal.
+
+        Raises classes of gemma2_fast.errors, or OSError for a path that cannot be read.
+        """
+        engine_options = EngineOptions.from_keywords(options)
+        checkpoint = _open(model, revision, token, cache_dir, local_files_only, progress)
+        plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, engine_options)
+        prefault(checkpoint.weights, progress)
+        return cls(checkpoint, plan)
+
+    @classmethod
+    def describe(cls, model: str | os.PathLike[str], **options: Any) -> Description:
+        """What from_pretrained would build with the same arguments. Allocates neither weights nor cache."""
+        hub = {name: options.pop(name) for name in _HUB_DEFAULTS if name in options}
+        engine_options = EngineOptions.from_keywords(options)
+        checkpoint = _open(model, **{**_HUB_DEFAULTS, **hub})
+        plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, engine_options)
+        return Description(checkpoint, plan)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.plan.spec
+
+    @property
+    def backend(self) -> str:
+        return self.plan.backend
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """TokenizerError, naming the files looked for, when the checkpoint has none."""
+        if self._tokenizer is None:
+            looked_for = ", ".join(TOKENIZER_FILES)
+            raise TokenizerError(f"{self._checkpoint.path} has no tokenizer (looked for {looked_for}); give token ids")
+        return self._tokenizer
+
+    @overload
+    def generate(self, prompts: str, params: SamplingParams | None = None, **changes: Any) -> Generation: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt] | Sequence[int], params: SamplingParams | None = None, **changes: Any
+    ) -> Any: ...
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **changes: Any
+    ) -> Generation | list[Generation]:
+        """Generate for one prompt (text or ids) or a list of prompts, which run together.
+
+        Returns a Generation for one prompt and a list for a list; with n > 1 always a list, n for each prompt in turn.
+        """
+        prompts_ids, single = self._batch_ids(prompts)
+        chosen = self._params(params, changes)
+        streams: list[TokenStream] = []
+        try:
+            for prompt_ids in prompts_ids:
+                seed = _seed(chosen)
+                streams += [self._stream(prompt_ids, chosen, seed + sample) for sample in range(chosen.n)]
+            generations = [stream.drain() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+        return generations[0] if single and chosen.n == 1 else generations
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any) -> TokenStream:
+        """An iterator of Chunk, whose last holds the Generation. Closing it, or leaving its `with`, cancels."""
+        chosen = self._params(params, changes)
+        if chosen.n != 1:
+            raise RequestError(f"a stream has one sample, got n={chosen.n}; call stream once for each")
+        return self._stream(self._prompt_ids(prompt), chosen, _seed(chosen))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        strict_system: bool = False,
+        **changes: Any,
+    ) -> Any:
+        """Reply to a conversation of {"role": ..., "content": ...} messages in the model's turn format.
+
+        Returns what generate returns, or with stream=True what stream returns. A system message is put at the start of
+        the first user turn, or refused with strict_system=True. Markers inside a content never become control ids.
+        """
+        tokenizer = self.tokenizer
+        if self._chat_format is None:
+            raise TokenizerError(f"{self._checkpoint.path} has no tokenizer")
+        prompt_ids = self._chat_format.render(messages, strict_system=strict_system)
+        chosen = self._params(params, changes)
+        end_of_turn = () if tokenizer.end_of_turn_id is None else (tokenizer.end_of_turn_id,)
+        if not chosen.ignore_eos:
+            chosen = chosen.updated({"stop_token_ids": (*chosen.stop_token_ids, *end_of_turn)})
+        return self.stream(prompt_ids, chosen) if stream else self.generate(prompt_ids, chosen)
+
+    def logits(self, prompt: Prompt) -> NDArray[np.float32]:
+        """Raw (capped) next-token logits of every token, float32 [T, V]."""
+        prompt_ids = self._prompt_ids(prompt)
+        self._check_length(prompt_ids)
+        out = np.empty((len(prompt_ids), self.spec.vocab_size), dtype=np.float32)
+        self._run_prompt(_core.Request(token_ids=prompt_ids, sampling=_no_tokens(), logits_out=out))
+        return out
+
+    def score(self, prompt: Prompt) -> NDArray[np.float32]:
+        """Natural-log probability of every token but the first given those before it, float32 [T - 1]."""
+        prompt_ids = self._prompt_ids(prompt)
+        self._check_length(prompt_ids)
+        events = self._run_prompt(_core.Request(token_ids=prompt_ids, sampling=_no_tokens(), num_prompt_logprobs=0))
+        return np.array([row.logprob for event in events for row in event.prompt_logprobs], dtype=np.float32)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the decode loop: running and waiting requests, free cache blocks, preemptions, steps, tokens."""
+        return self._loop.stats()
+
+    def close(self) -> None:
+        """End every request and stop the decode loop. Calling it again does nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream(self, prompt_ids: Sequence[int], params: SamplingParams, seed: int) -> TokenStream:
+        stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids.update(self._checkpoint.eos_ids)
+        tokenizer = self._tokenizer
+        if tokenizer is None and params.stop:
+            raise TokenizerError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
+        return TokenStream(self._loop, prompt_ids, params, frozenset(stop_ids), seed % 2**64, tokenizer)
+
+    def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+        base = SamplingParams() if params is None else params
+        return base.updated(changes).resolved(self._checkpoint.generation_config)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return _checked_ids(prompt)
+
+    def _batch_ids(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[list[int]], bool]:
+        """Ids of every prompt, and whether a single prompt was given rather than a list of them."""
+        if isinstance(prompts, str):
+            return [self._prompt_ids(prompts)], True
+        if len(prompts) and isinstance(prompts[0], str | Sequence | np.ndarray):
+            return [self._prompt_ids(prompt) for prompt in prompts], False  # type: ignore[arg-type]
+        return [_checked_ids(prompts)], True
+
+    def _check_length(self, prompt_ids: Sequence[int]) -> None:
+        limit = self.plan.cache.max_seq_len
+        if len(prompt_ids) > limit:
+            raise RequestError(
+                f"{len(prompt_ids)} tokens are more than max_seq_len {limit}; shorten the text or raise it"
+            )
+
+    def _run_prompt(self, request: _core.Request) -> list[_core.TokenEvent]:
+        sequence_id = self._loop.submit(request)
+        events: list[_core.TokenEvent] = []
+        try:
+            while not events or events[-1].finish_reason is None:
+                events += self._loop.wait(sequence_id, WAIT_SECONDS)
+        except BaseException:
+            self._loop.forget(sequence_id)
+            raise
+        if events[-1].finish_reason != "length":
+            raise GenerationError(f"the prompt could not be evaluated: {events[-1].message}")
+        return events
+
+
+def _open(
+    model: str | os.PathLike[str],
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    progress: bool,
+) -> Checkpoint:
+    path: Path
+    if str(model) == DEMO_MODEL and not Path(model).exists():
+        path = demo_model_path(progress=progress)
+    else:
+        path = resolve_model(
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            progress=progress,
+        )
+    return load_checkpoint(path)
+
+
+def load_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, str | None]:
+    """The checkpoint's tokenizer and chat template, as far as it has them."""
+    metadata = checkpoint.gguf_metadata
+    if metadata is None:
+        return find_tokenizer(checkpoint.path), find_chat_template(checkpoint.path)
+    if "tokenizer.ggml.tokens" not in metadata:
+        return None, None
+    return Tokenizer.from_gguf_metadata(metadata), chat_template_from_gguf(metadata)
+
+
+def _checked_ids(ids: Any) -> list[int]:
+    try:
+        checked = [int(token_id) for token_id in ids if not isinstance(token_id, bool | float | str)]
+    except (TypeError, ValueError):
+        checked = []
+    if len(checked) != len(ids):
+        raise RequestError("a prompt is text or a list of token ids (whole numbers)")
+    return checked
+
+
+def _seed(params: SamplingParams) -> int:
+    return params.seed if params.seed is not None else int.from_bytes(os.urandom(8))
+
+
+def _no_tokens() -> _core.SamplingParams:
+    """Parameters of a request that only evaluates its prompt."""
+    return _core.SamplingParams(max_tokens=0)
