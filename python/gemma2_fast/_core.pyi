@@ -1,0 +1,198 @@
+"""The C++ engine: cache, scheduler, sampler, decode loop and CPU kernels."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2_fast.engine import step_batch
+
+class PagedKvGroup:
+    def __init__(
+        self,
+        *,
+        layers: Sequence[int],
+        num_kv_heads: int,
+        head_dim: int,
+        window_keys: int | None,
+        num_blocks: int,
+        table_width: int,
+    ) -> None: ...
+    @property
+    def layers(self) -> list[int]: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def window_keys(self) -> int | None: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def table_width(self) -> int: ...
+
+class RecurrentStateGroup:
+    def __init__(self, *, layers: Sequence[int], width: int, conv_tail: int, num_slots: int) -> None: ...
+    @property
+    def layers(self) -> list[int]: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def conv_tail(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+
+class CachePlan:
+    def __init__(
+        self, *, page_tokens: int, paged: Sequence[PagedKvGroup], recurrent: RecurrentStateGroup | None = None
+    ) -> None: ...
+    @property
+    def page_tokens(self) -> int: ...
+    @property
+    def paged(self) -> list[PagedKvGroup]: ...
+    @property
+    def recurrent(self) -> RecurrentStateGroup | None: ...
+
+class Limits:
+    def __init__(
+        self,
+        *,
+        max_running_sequences: int,
+        max_step_tokens: int,
+        max_seq_len: int,
+        max_logits_rows: int,
+        vocab_size: int,
+    ) -> None: ...
+    @property
+    def max_running_sequences(self) -> int: ...
+    @property
+    def max_step_tokens(self) -> int: ...
+    @property
+    def max_seq_len(self) -> int: ...
+    @property
+    def max_logits_rows(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+class SamplingParams:
+    """How the next token is chosen; the defaults change nothing, and temperature 0 is greedy. Checked by submit."""
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Sequence[tuple[int, float]] = (),
+        seed: int = 0,
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None: ...
+
+class Request:
+    """One prompt. With max_tokens 0 it only evaluates the prompt and ends with "length".
+
+    num_logprobs, num_prompt_logprobs: how many alternatives stand beside each token's logprob; None: no logprobs.
+    logits_out: float32 [T, V], receives the raw logits of every prompt token.
+    """
+
+    def __init__(
+        self,
+        *,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        num_logprobs: int | None = None,
+        num_prompt_logprobs: int | None = None,
+        logits_out: NDArray[np.float32] | None = None,
+    ) -> None: ...
+
+class TokenLogprob:
+    """Natural log of a token's probability under the raw logits, with the likeliest tokens, likeliest first."""
+
+    @property
+    def token_id(self) -> int: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def top(self) -> list[tuple[int, float]]: ...
+
+class TokenEvent:
+    """What one step told about one sequence; the event with a finish_reason is the last.
+
+    With "stop", token_id is the stop token itself; with "cancelled" and "error" there is no token but a message.
+    prompt_logprobs: the next rows, from the prompt's second token on. time_ns: the clock of time.monotonic_ns.
+    """
+
+    @property
+    def sequence_id(self) -> int: ...
+    @property
+    def token_id(self) -> int | None: ...
+    @property
+    def logprob(self) -> TokenLogprob | None: ...
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob]: ...
+    @property
+    def finish_reason(self) -> Literal["stop", "length", "cancelled", "error"] | None: ...
+    @property
+    def message(self) -> str | None: ...
+    @property
+    def time_ns(self) -> int: ...
+
+class StepBatch:
+    """One step's work: read-only arrays with the meaning of engine.step_batch.StepBatch."""
+
+    @property
+    def token_ids(self) -> step_batch.Ints: ...
+    @property
+    def positions(self) -> step_batch.Ints: ...
+    @property
+    def first_token(self) -> step_batch.Ints: ...
+    @property
+    def context_tokens(self) -> step_batch.Ints: ...
+    @property
+    def block_table(self) -> tuple[step_batch.Ints, ...]: ...
+    @property
+    def state_slot(self) -> step_batch.Ints: ...
+    @property
+    def logits_token(self) -> step_batch.Ints: ...
+
+class ModelStep:
+    """What a backend is to the decode loop."""
+
+class CallbackStep(ModelStep):
+    """Runs a Python callable as a model step; it gets a _core.StepBatch, whose fields are those of the annotated type."""
+
+    def __init__(self, callable: Callable[[step_batch.StepBatch], NDArray[np.float32]]) -> None: ...
+
+class DecodeLoop:
+    """Schedules, runs and samples steps on a thread of its own. Any thread may call any method."""
+
+    def __init__(self, step: ModelStep, plan: CachePlan, limits: Limits) -> None: ...
+    def submit(self, request: Request) -> int:
+        """The sequence's id. RequestError: never servable; CapacityError: never fits; BackendError: closed."""
+
+    def cancel(self, sequence_id: int) -> None:
+        """End the sequence before the next step; its last event says "cancelled"."""
+
+    def forget(self, sequence_id: int) -> None:
+        """Cancel, and throw away what nobody will collect."""
+
+    def wait(self, sequence_id: int, timeout_s: float | None = None) -> list[TokenEvent]:
+        """The sequence's new events, oldest first, as soon as there are any; empty if none came in time.
+
+        RequestError once the last event has been collected. Ctrl-C interrupts it.
+        """
+
+    def stats(self) -> dict[str, Any]:
+        """num_running, num_waiting, num_steps, num_preemptions, num_prefill_tokens, num_decode_tokens, last_step_age_s
+        (None before the first), and groups: num_blocks, num_free and peak_held (by any one sequence) of each.
+        """
+
+    def close(self) -> None:
+        """End every sequence with "cancelled" and stop the thread; events can still be collected."""

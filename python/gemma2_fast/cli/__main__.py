@@ -1,0 +1,5 @@
+import sys
+
+from gemma2_fast.cli import main
+
+sys.exit(main())

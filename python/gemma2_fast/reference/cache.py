@@ -1,0 +1,109 @@
+"""Where keys and values stay between steps: one growing buffer a sequence, or the pages of a CachePlan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gemma2_fast.engine.cache_plan import PAGE_TOKENS, CachePlan
+from gemma2_fast.engine.step_batch import StepBatch
+from gemma2_fast.errors import BackendError
+
+
+class Cache(Protocol):
+    """Keys and values of every layer. A sequence is a row of the batch; positions are absolute."""
+
+    def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [T, K, D] of the batch's tokens."""
+
+    def read(self, layer: int, batch: StepBatch, sequence: int, first_key: int, end_key: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [end_key - first_key, K, D] of one sequence, in the dtype of the cache."""
+
+
+def token_spans(batch: StepBatch) -> Iterator[tuple[int, int, int, int]]:
+    """(sequence, first token, end token, first position) of every sequence that has tokens in this step."""
+    for sequence, context in enumerate(batch.context_tokens):
+        first, end = int(batch.first_token[sequence]), int(batch.first_token[sequence + 1])
+        if first < end:
+            yield sequence, first, end, int(context)
+
+
+class ContiguousCache:
+    """All keys and values, whatever the window. Row s of every batch is the same sequence s, in the model's dtype."""
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[int, int], tuple[Tensor, int]] = {}  # buffer [2, capacity, K, D], tokens in it
+
+    def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
+        for sequence, first, end, context in token_spans(batch):
+            new = torch.stack((keys[first:end], values[first:end]))
+            buffer, length = self._stored.get((layer, sequence), (new[:, :0], 0))
+            if length != context:
+                raise BackendError(
+                    f"layer {layer} holds {length} tokens of sequence {sequence}, but the batch says {context}; "
+                    "a contiguous cache takes every token of a sequence once and in order"
+                )
+            total = length + end - first
+            if total > buffer.shape[1]:
+                # Doubling keeps the cost of appending one token at a time linear.
+                grown = new.new_empty((2, max(total, 2 * length), *new.shape[2:]))
+                grown[:, :length] = buffer[:, :length]
+                buffer = grown
+            buffer[:, length:total] = new
+            self._stored[layer, sequence] = buffer, total
+
+    def read(self, layer: int, batch: StepBatch, sequence: int, first_key: int, end_key: int) -> tuple[Tensor, Tensor]:
+        buffer, _ = self._stored[layer, sequence]
+        keys, values = buffer[:, first_key:end_key]
+        return keys, values
+
+
+class PagedCache:
+    """The paged groups of a CachePlan, found through the batch's block tables. Slots never written hold NaN.
+
+    keys and values a layer: [N, P, K, D] in `dtype`. A windowed group's table is a ring: column b % table_width.
+    """
+
+    def __init__(self, plan: CachePlan, dtype: torch.dtype) -> None:
+        if plan.recurrent is not None:
+            raise BackendError("the reference has no recurrent state yet; it runs models of attention layers only")
+        self._plan = plan
+        self._group_of_layer = {layer: index for index, group in enumerate(plan.paged) for layer in group.layers}
+        self._pages: dict[int, Tensor] = {}  # layer → [2, N, P, K, D]
+        for group in plan.paged:
+            shape = (2, group.num_blocks, PAGE_TOKENS, group.num_kv_heads, group.head_dim)
+            self._pages |= {layer: torch.full(shape, torch.nan, dtype=dtype) for layer in group.layers}
+
+    def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
+        for sequence, first, end, context in token_spans(batch):
+            if end - first > self._plan.max_step_tokens:
+                raise BackendError(
+                    f"sequence {sequence} has {end - first} tokens in this step, but the cache was planned for at most "
+                    f"{self._plan.max_step_tokens}"
+                )
+            blocks, slots = self._slots(layer, batch, sequence, context, context + end - first)
+            new = torch.stack((keys[first:end], values[first:end]))
+            self._pages[layer][:, blocks, slots] = new.to(self._pages[layer].dtype)
+
+    def read(self, layer: int, batch: StepBatch, sequence: int, first_key: int, end_key: int) -> tuple[Tensor, Tensor]:
+        blocks, slots = self._slots(layer, batch, sequence, first_key, end_key)
+        keys, values = self._pages[layer][:, blocks, slots]
+        return keys, values
+
+    def _slots(self, layer: int, batch: StepBatch, sequence: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """The page and the slot in it of every position in first..end-1."""
+        index = self._group_of_layer[layer]
+        group = self._plan.paged[index]
+        positions = torch.arange(first, end)
+        row = torch.tensor(batch.block_table[index][sequence], dtype=torch.int64)
+        blocks = row[positions // PAGE_TOKENS % group.table_width]
+        wrong = (blocks < 0) | (blocks >= group.num_blocks)
+        if wrong.any():
+            raise BackendError(
+                f"sequence {sequence} has no page for position {int(positions[wrong][0])} in cache group {index}: its "
+                f"block table names {int(blocks[wrong][0])}, the group has pages 0..{group.num_blocks - 1}"
+            )
+        return blocks, positions % PAGE_TOKENS

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import pytest
+
+from gemma2_fast import _core
+
+
+@pytest.fixture(params=_core.instruction_sets())
+def ops(request: pytest.FixtureRequest) -> _core.Ops:
+    """The C++ ops, once for each instruction set of this machine."""
+    ops = _core.Ops(request.param)
+    assert ops.instruction_set == request.param
+    return ops

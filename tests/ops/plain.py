@@ -1,0 +1,84 @@
+"""The ops in plain NumPy, in the dtype of their inputs: float64 for the exact result, float32 for the usual error.
+
+The options after the star make mutants: the op with one mistake that runtimes have made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[Any]
+
+
+def exact_and_plain(op: Callable[..., Floats], *arrays: Floats, **options: Any) -> tuple[Floats, Floats]:
+    """The op in float64 and in float32 on the same inputs."""
+    return op(*(a.astype(np.float64) for a in arrays), **options), op(*arrays, **options)
+
+
+def rms_norm(x: Floats, gain: Floats, *, epsilon: float) -> Floats:
+    dtype = x.dtype.type
+    mean_square = np.mean(x * x, axis=-1, keepdims=True, dtype=x.dtype)
+    return x / np.sqrt(mean_square + dtype(epsilon)) * gain
+
+
+def softcap(x: Floats, *, cap: float) -> Floats:
+    return x.dtype.type(cap) * np.tanh(x / x.dtype.type(cap))
+
+
+def gelu_tanh(x: Floats) -> Floats:
+    number = x.dtype.type
+    return number(0.5) * x * (1 + np.tanh(number(math.sqrt(2 / math.pi)) * (x + number(0.044715) * x**3)))
+
+
+def gelu_erf(x: Floats) -> Floats:
+    return x * np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))(x).astype(x.dtype)
+
+
+def geglu(gate: Floats, up: Floats) -> Floats:
+    return gelu_tanh(gate) * up
+
+
+def rope(x: Floats, cos: Floats, sin: Floats, *, interleaved: bool = False) -> Floats:
+    """x: [T, heads, D]; cos, sin: [T, pairs]."""
+    pairs = cos.shape[1]
+    first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
+    second = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
+    a, b, c, s = x[..., first], x[..., second], cos[:, None], sin[:, None]
+    out = x.copy()
+    out[..., first] = a * c - b * s
+    out[..., second] = b * c + a * s
+    return out
+
+
+def attention(
+    queries: Floats,
+    keys: Floats,
+    values: Floats,
+    *,
+    first_position: int,
+    scale: float,
+    cap: float | None = None,
+    window: int | None = None,
+    cap_after_mask: bool = False,
+) -> Floats:
+    """queries: [T, G, D]; keys, values: [positions, D]; each query sees its window of positions up to its own."""
+    number = queries.dtype.type
+    position = first_position + np.arange(len(queries))[:, None, None]
+    key = np.arange(len(keys))[None, None, :]
+    visible = key <= position
+    if window is not None:
+        visible &= key > position - window
+    scores = (queries @ keys.T) * number(scale)
+    if cap_after_mask and cap is not None:
+        scores = softcap(np.where(visible, scores, number(-1e30)), cap=cap)
+    else:
+        if cap is not None:
+            scores = softcap(scores, cap=cap)
+        scores = np.where(visible, scores, number(-np.inf))
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (weights @ values) / weights.sum(axis=-1, keepdims=True)
