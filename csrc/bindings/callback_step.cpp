@@ -50,8 +50,8 @@ void copy_logits(const py::object& returned, int64_t num_rows, std::span<float> 
         fits = array.ndim() == 2 && array.shape(0) == num_rows && (num_rows == 0 || array.shape(1) == vocab_size);
     }
     if (!fits)
-        throw Error("the step's callable must return a float32 numpy array of shape (" + std::to_string(num_rows) + ", " +
-                    (num_rows > 0 ? std::to_string(vocab_size) : "V") + "), but returned " + describe(returned));
+        throw Error("the step's callable must return a float32 numpy array of shape (" + std::to_string(num_rows) +
+                    ", " + (num_rows > 0 ? std::to_string(vocab_size) : "V") + "), but returned " + describe(returned));
     const auto contiguous = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(returned);
     if (!contiguous) throw py::error_already_set();
     std::copy_n(contiguous.data(), logits.size(), logits.data());

@@ -13,7 +13,8 @@ BlockPool::BlockPool(int64_t num_blocks) {
         throw CapacityError("a cache pool needs between 1 and 2^31 - 1 blocks, got " + std::to_string(num_blocks));
     owner_.assign(num_blocks, kNobody);
     free_.resize(num_blocks);
-    for (int64_t i = 0; i < num_blocks; ++i) free_[i] = static_cast<int32_t>(num_blocks - 1 - i);  // low ids leave first
+    for (int64_t i = 0; i < num_blocks; ++i)
+        free_[i] = static_cast<int32_t>(num_blocks - 1 - i);  // low ids leave first
 }
 
 int32_t BlockPool::take(int64_t owner) {

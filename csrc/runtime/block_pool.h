@@ -11,7 +11,7 @@ class BlockPool {
   public:
     explicit BlockPool(int64_t num_blocks);  // throws CapacityError unless 1 <= num_blocks < 2^31
 
-    int32_t take(int64_t owner);  // throws std::logic_error when none is free
+    int32_t take(int64_t owner);                   // throws std::logic_error when none is free
     void give_back(int32_t block, int64_t owner);  // throws std::logic_error unless owner holds the block
 
     int64_t num_blocks() const { return static_cast<int64_t>(owner_.size()); }

@@ -58,8 +58,7 @@ void CacheLedger::open(Sequence& sequence) {
 }
 
 void CacheLedger::close(Sequence& sequence) {
-    for (std::size_t g = 0; g < sequence.held.size(); ++g)
-        give_back_until(sequence, g, sequence.held[g].end_block);
+    for (std::size_t g = 0; g < sequence.held.size(); ++g) give_back_until(sequence, g, sequence.held[g].end_block);
     sequence.held.clear();
     if (sequence.state_slot) slots_->give_back(*sequence.state_slot, sequence.id);
     sequence.state_slot.reset();

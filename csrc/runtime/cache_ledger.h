@@ -18,8 +18,8 @@ class CacheLedger {
     // Throws CapacityError when the sequence could not reach its last token with the whole cache to itself.
     void check_fits(const Sequence& sequence) const;
 
-    void open(Sequence& sequence);     // empty tables, and a state slot if the model has recurrent layers
-    void close(Sequence& sequence);    // everything back; nothing is computed any more
+    void open(Sequence& sequence);            // empty tables, and a state slot if the model has recurrent layers
+    void close(Sequence& sequence);           // everything back; nothing is computed any more
     void release_unseen(Sequence& sequence);  // pages that no coming query can see
 
     // Pages still to be taken, in each group, before every known token of the sequence is computed.

@@ -85,9 +85,8 @@ bool DecodeLoop::take_requests() {
         std::vector<int64_t> cancelled;
         {
             std::unique_lock lock(mutex_);
-            wake_.wait(lock, [&] {
-                return closing_ || !submitted_.empty() || !cancelled_.empty() || scheduler_.has_work();
-            });
+            wake_.wait(lock,
+                       [&] { return closing_ || !submitted_.empty() || !cancelled_.empty() || scheduler_.has_work(); });
             if (closing_) return false;
             submitted.swap(submitted_);
             cancelled.swap(cancelled_);
@@ -108,8 +107,7 @@ void DecodeLoop::end_all(FinishReason reason, const std::string& message) {
         if (closing_) submitted.swap(submitted_);
     }
     for (const auto& sequence : submitted) events_.push_back(last_event(sequence->id, reason, message));
-    while (const auto sequence = scheduler_.remove_any())
-        events_.push_back(last_event(sequence->id, reason, message));
+    while (const auto sequence = scheduler_.remove_any()) events_.push_back(last_event(sequence->id, reason, message));
 }
 
 // Counters first: whoever sees a sequence's last event also sees its blocks free.
@@ -167,7 +165,8 @@ LoopStats DecodeLoop::stats() const {
     LoopStats stats = published_;
     stats.num_waiting += static_cast<int64_t>(submitted_.size());
     if (published_step_)
-        stats.last_step_age_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - *published_step_).count();
+        stats.last_step_age_s =
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - *published_step_).count();
     return stats;
 }
 

@@ -47,8 +47,8 @@ class DecodeLoop {
 
     // Throws RequestError for what can never be served, CapacityError for what can never fit, BackendError when closed.
     int64_t submit(Request request);
-    // Takes effect before the next step; the last event says kCancelled, unless the sequence ended before. Unknown ids and
-    // ended sequences are left alone.
+    // Takes effect before the next step; the last event says kCancelled, unless the sequence ended before. Unknown ids
+    // and ended sequences are left alone.
     void cancel(int64_t sequence_id);
     // Cancels and throws away what is not collected: for a reader that will not come back.
     void forget(int64_t sequence_id);

@@ -12,8 +12,8 @@ namespace gemma2_fast {
 
 TokenEvent last_event(int64_t sequence_id, FinishReason reason, std::string message);
 
-// What a step's logits mean to each sequence: prompt rows are copied or scored, the row after the last known token gives
-// the next one.
+// What a step's logits mean to each sequence: prompt rows are copied or scored, the row after the last known token
+// gives the next one.
 class LogitsReader {
   public:
     explicit LogitsReader(const Limits& limits) : vocab_size_(limits.vocab_size), sampler_(limits.vocab_size) {}

@@ -150,7 +150,8 @@ void LogitsRow::at_least(float floor, float temperature, std::vector<Candidate>&
 void LogitsRow::first(int64_t count, float temperature, std::vector<Candidate>& out) {
     out.clear();
     if (count <= 0) return;
-    // At least `count` blocks have a member as large as the count-th largest of their maxima, so no smaller logit counts.
+    // At least `count` blocks have a member as large as the count-th largest of their maxima, so no smaller logit
+    // counts.
     float floor = kMinusInfinity;
     if (count < static_cast<int64_t>(block_largest_.size())) {
         order_ = block_largest_;

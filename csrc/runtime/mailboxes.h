@@ -12,11 +12,12 @@
 
 namespace gemma2_fast {
 
-// Where the loop leaves each sequence's events until somebody collects them. Every function may be called from any thread.
+// Where the loop leaves each sequence's events until somebody collects them. Every function may be called from any
+// thread.
 class Mailboxes {
   public:
     void open(int64_t sequence_id);
-    void drop(int64_t sequence_id);  // with everything in it; later events of the sequence are thrown away
+    void drop(int64_t sequence_id);              // with everything in it; later events of the sequence are thrown away
     void post(std::vector<TokenEvent>& events);  // leaves it empty
 
     // The sequence's new events, oldest first; empty if none came in time. Collecting the last one closes the mailbox;

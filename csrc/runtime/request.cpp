@@ -35,8 +35,8 @@ void check_sampling(const SamplingParams& params, const Limits& limits) {
     require(std::isfinite(params.presence_penalty), "presence_penalty", "finite", params.presence_penalty);
     require(std::isfinite(params.frequency_penalty), "frequency_penalty", "finite", params.frequency_penalty);
     require(params.max_tokens >= 0, "max_tokens", "at least 0", static_cast<double>(params.max_tokens));
-    require(params.min_tokens >= 0 && params.min_tokens <= params.max_tokens, "min_tokens",
-            "between 0 and max_tokens", static_cast<double>(params.min_tokens));
+    require(params.min_tokens >= 0 && params.min_tokens <= params.max_tokens, "min_tokens", "between 0 and max_tokens",
+            static_cast<double>(params.min_tokens));
     for (const auto& [token_id, bias] : params.logit_bias) {
         require_token(token_id, "logit_bias", limits.vocab_size);
         require(bias <= kLargest, "a logit_bias value", "a number or -inf", bias);

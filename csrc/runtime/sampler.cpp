@@ -97,7 +97,8 @@ std::optional<int32_t> Sampler::draw(LogitsRow& row, const SamplingParams& param
         row.first(*params.top_k, temperature, candidates_);
     } else if (params.top_p < 1) {
         total = row.sum_weights(temperature);
-        // Tokens below (1 - top_p) / V of the weight are together below 1 - top_p, so none is needed; halved for rounding.
+        // Tokens below (1 - top_p) / V of the weight are together below 1 - top_p, so none is needed; halved for
+        // rounding.
         const double least = (1 - params.top_p) * total / static_cast<double>(logits_.size()) / 2;
         row.at_least(static_cast<float>(row.largest() + temperature * std::log(least)), temperature, candidates_);
     } else {

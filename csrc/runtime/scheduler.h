@@ -22,17 +22,18 @@ struct Chunk {
 
 // Continuous batching with chunked prefill over one token budget. First come, first served: the running sequences are
 // always older than the waiting ones, an older one may take the blocks of a younger one, never the other way round, and
-// whatever is admitted fits the cache alone. So the oldest advances in every step, and every sequence becomes the oldest.
+// whatever is admitted fits the cache alone. So the oldest advances in every step, and every sequence becomes the
+// oldest.
 class Scheduler {
   public:
     Scheduler(CachePlan plan, const Limits& limits);
 
-    void add(std::unique_ptr<Sequence> sequence);  // ids ascend in order of arrival
+    void add(std::unique_ptr<Sequence> sequence);           // ids ascend in order of arrival
     std::unique_ptr<Sequence> remove(int64_t sequence_id);  // its blocks are free at once; null: not here
     std::unique_ptr<Sequence> remove_any();                 // null: none is left
 
-    // Chooses the next step. The chunks, in the batch's order, and the batch live until the next call; there is at least
-    // one chunk if there is work. Whoever runs the step adds num_tokens to each sequence's computed_tokens.
+    // Chooses the next step. The chunks, in the batch's order, and the batch live until the next call; there is at
+    // least one chunk if there is work. Whoever runs the step adds num_tokens to each sequence's computed_tokens.
     std::span<const Chunk> schedule();
     const StepBatch& batch() const { return batch_; }
 

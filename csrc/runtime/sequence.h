@@ -42,7 +42,7 @@ struct Sequence {
     int64_t end_prompt_rows = 0;
 
     SequenceStatus status = SequenceStatus::kWaiting;
-    int64_t computed_tokens = 0;  // in the cache
+    int64_t computed_tokens = 0;   // in the cache
     std::vector<HeldBlocks> held;  // a paged group each
     std::optional<int32_t> state_slot;
 
@@ -53,9 +53,7 @@ struct Sequence {
     bool complete() const { return num_generated() >= max_new_tokens; }
     std::span<const int32_t> generated_ids() const { return std::span(token_ids).subspan(num_prompt); }
 
-    bool wants_prompt_row(int64_t position) const {
-        return position >= next_prompt_row && position < end_prompt_rows;
-    }
+    bool wants_prompt_row(int64_t position) const { return position >= next_prompt_row && position < end_prompt_rows; }
     bool wants_next_token(int64_t position) const { return position + 1 == num_known() && !complete(); }
     bool wants_row(int64_t position) const { return wants_prompt_row(position) || wants_next_token(position); }
 };

@@ -166,7 +166,7 @@ class ModelStep:
     """What a backend is to the decode loop."""
 
 class CallbackStep(ModelStep):
-    """Runs a Python callable as a model step; it gets a _core.StepBatch, whose fields are those of the annotated type."""
+    """Runs a Python callable as a model step. What it gets is this module's StepBatch, equal in fields."""
 
     def __init__(self, callable: Callable[[step_batch.StepBatch], NDArray[np.float32]]) -> None: ...
 
@@ -196,3 +196,55 @@ class DecodeLoop:
 
     def close(self) -> None:
         """End every sequence with "cancelled" and stop the thread; events can still be collected."""
+
+class AttentionSpec:
+    def __init__(
+        self,
+        *,
+        num_query_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        query_scale: float,
+        score_softcap: float | None,
+        window_keys: int | None,
+        qk_norm: bool,
+        inverse_frequencies: Sequence[float],
+    ) -> None: ...
+
+class RecurrentSpec:
+    def __init__(self, *, width: int, num_gate_blocks: int, conv_width: int) -> None: ...
+
+class LayerSpec:
+    def __init__(
+        self, *, mixer: AttentionSpec | RecurrentSpec, mlp_width: int, norm_after_mixer: bool, norm_after_mlp: bool
+    ) -> None: ...
+
+class ModelSpec:
+    def __init__(
+        self,
+        *,
+        model_width: int,
+        vocab_size: int,
+        embedding_scale: float,
+        norm_epsilon: float,
+        final_softcap: float | None,
+        layers: Sequence[LayerSpec],
+    ) -> None: ...
+
+class CpuStep(ModelStep):
+    """The CPU backend. weights: canonical name → (format name, shape, uint8 bytes), which it keeps alive."""
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        weights: dict[str, tuple[str, tuple[int, ...], NDArray[np.uint8]]],
+        plan: CachePlan,
+        kv_dtype: str,
+        instruction_set: str,
+        num_threads: int,
+        max_step_tokens: int,
+        max_logits_rows: int,
+    ) -> None: ...
+    def poison_cache(self) -> None:
+        """Fills every cache page with NaN, for tests."""

@@ -211,11 +211,12 @@ class Generator:
         tokenizer = self._tokenizer
         if tokenizer is None and params.stop:
             raise TokenizerError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
-        return TokenStream(self._loop, prompt_ids, params, frozenset(stop_ids), seed % 2**64, tokenizer)
+        sampling = params.resolved(self._checkpoint.generation_config)
+        return TokenStream(self._loop, prompt_ids, params, sampling, frozenset(stop_ids), seed % 2**64, tokenizer)
 
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
         base = SamplingParams() if params is None else params
-        return base.updated(changes).resolved(self._checkpoint.generation_config)
+        return base.updated(changes)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

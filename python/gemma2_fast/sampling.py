@@ -13,6 +13,17 @@ DEFAULT_MAX_TOKENS = 256
 MAX_LOGPROBS = 64
 MAX_SEED = 2**64 - 1
 
+_DEFAULTS: dict[str, Any] = {
+    "top_k": None,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "max_tokens": DEFAULT_MAX_TOKENS,
+    "min_tokens": 0,
+}
+
 # generation_config.json keys that are sampling parameters of ours, by our name.
 _CHECKPOINT_KEYS = {
     "temperature": "temperature",
@@ -104,28 +115,34 @@ class SamplingParams:
             changes = {"max_tokens": None, **changes}
         return replace(self, **{"max_new_tokens": None, **changes}) if changes else self
 
-    def resolved(self, generation_config: Mapping[str, Any]) -> SamplingParams:
-        """Every None filled from generation_config.json or the default, but for seed and the logprobs."""
+    def resolved(self, generation_config: Mapping[str, Any]) -> ResolvedSampling:
+        """Every None filled from generation_config.json, else by the default."""
         do_sample = bool(generation_config.get("do_sample", False))
-        defaults: dict[str, Any] = {
-            "temperature": 1.0 if do_sample else 0.0,
-            "top_p": 1.0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "max_tokens": DEFAULT_MAX_TOKENS,
-            "min_tokens": 0,
-        }
+        values: dict[str, Any] = {**_DEFAULTS, "temperature": 1.0 if do_sample else 0.0}
         for ours, theirs in _CHECKPOINT_KEYS.items():
             value = generation_config.get(theirs)
-            sampling_only = ours in ("temperature", "top_k", "top_p", "min_p")
-            # Hugging Face writes top_k 0 and top_p 1 for "off".
-            off = (ours == "top_k" and value == 0) or (ours == "temperature" and not value)
-            if value is not None and not off and (do_sample or not sampling_only):
-                defaults[ours] = value
-        unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return replace(self, max_new_tokens=None, **unset)
+            # Hugging Face writes top_k 0 and temperature 0 for "off".
+            off = value is None or (ours in ("top_k", "temperature") and value == 0)
+            if not off and (do_sample or ours not in ("temperature", "top_k", "top_p", "min_p")):
+                values[ours] = value
+        values |= {name: getattr(self, name) for name in values if getattr(self, name) is not None}
+        SamplingParams(**values)  # refuses what the file may have said
+        return ResolvedSampling(**values)
+
+
+@dataclass(frozen=True)
+class ResolvedSampling:
+    """The parameters of SamplingParams that a checkpoint can supply, with no question left open."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    max_tokens: int
+    min_tokens: int
 
 
 def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 from gemma2_fast import _core
 from gemma2_fast.errors import GenerationError
 from gemma2_fast.outputs import Chunk, Generation, Timings, TokenLogprob, Usage
-from gemma2_fast.sampling import SamplingParams
+from gemma2_fast.sampling import ResolvedSampling, SamplingParams
 from gemma2_fast.text import StreamDetokenizer, Tokenizer
 
 WAIT_SECONDS = 60.0  # how long one wait for events lasts; the request itself has no time limit
@@ -23,6 +23,7 @@ class TokenStream(Iterator[Chunk]):
         loop: _core.DecodeLoop,
         prompt_ids: Sequence[int],
         params: SamplingParams,
+        sampling: ResolvedSampling,
         stop_ids: frozenset[int],
         seed: int,
         tokenizer: Tokenizer | None,
@@ -31,7 +32,7 @@ class TokenStream(Iterator[Chunk]):
         self._params = params
         self._stop_ids = stop_ids
         self._num_prompt_tokens = len(prompt_ids)
-        self._detokenizer = StreamDetokenizer(tokenizer, stop=params.stop) if tokenizer else None
+        self._detokenizer = StreamDetokenizer(tokenizer, stop=tuple(params.stop)) if tokenizer else None
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -41,7 +42,7 @@ class TokenStream(Iterator[Chunk]):
         self._pending: list[_core.TokenEvent] = []
         self._finished = False
         self._submitted_ns = time.monotonic_ns()
-        self._sequence_id = loop.submit(core_request(prompt_ids, params, stop_ids, seed))
+        self._sequence_id = loop.submit(_core_request(prompt_ids, params, sampling, stop_ids, seed))
 
     def __next__(self) -> Chunk:
         if self._finished:
@@ -89,7 +90,8 @@ class TokenStream(Iterator[Chunk]):
         if reason == "cancelled":
             self._finished = True
             raise GenerationError(f"the request was cancelled after {len(self._token_ids)} tokens")
-        text, new_ids = "", ()
+        text = ""
+        new_ids: tuple[int, ...] = ()
         if event.token_id is not None:
             new_ids = (event.token_id,)
             text = self._append(event, is_stop=reason == "stop" and event.token_id in self._stop_ids)
@@ -138,24 +140,27 @@ class TokenStream(Iterator[Chunk]):
         )
 
 
-def core_request(
-    prompt_ids: Sequence[int], params: SamplingParams, stop_ids: frozenset[int], seed: int
+def _core_request(
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    sampling: ResolvedSampling,
+    stop_ids: frozenset[int],
+    seed: int,
 ) -> _core.Request:
-    """The C++ form of a request whose parameters are resolved."""
     return _core.Request(
         token_ids=list(prompt_ids),
         sampling=_core.SamplingParams(
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
             logit_bias=list(params.logit_bias.items()),
             seed=seed,
-            max_tokens=params.max_tokens,
-            min_tokens=params.min_tokens,
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
             stop_token_ids=sorted(stop_ids),
         ),
         num_logprobs=params.logprobs,

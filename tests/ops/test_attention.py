@@ -156,6 +156,20 @@ def test_bits_do_not_depend_on_chunks(
         np.testing.assert_array_equal(np.concatenate(parts).view(np.uint32), whole.view(np.uint32))
 
 
+def test_zeros_have_one_sign(ops: _core.Ops) -> None:
+    """Page 0 leaves -1e-40, which page 1 decays to -0. Page 2, seen by a later query only, would make it +0."""
+    tokens = 2 * PAGE_TOKENS + 1
+    keys, values = np.zeros((2, tokens, 1, 1), np.float32)
+    values[:PAGE_TOKENS] = -1e-40
+    keys[PAGE_TOKENS : 2 * PAGE_TOKENS] = 50
+    values[-1] = 1
+    cache = PagedCache.filled(ops, "float32", keys, values)
+    queries = np.ones((tokens, 1, 1), np.float32)
+    together = cache.attend(queries[-2:], tokens - 2, scale=1.0)
+    alone = cache.attend(queries[-2:-1], tokens - 2, scale=1.0)
+    np.testing.assert_array_equal(alone.view(np.uint32), together[:1].view(np.uint32))
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_later_keys_change_nothing(ops: _core.Ops, kv_dtype: str) -> None:
     """Slots after the last query hold NaN or the keys of later tokens; blocks may lie anywhere."""
@@ -182,13 +196,17 @@ def test_ring_of_blocks(ops: _core.Ops, kv_dtype: str, window: int) -> None:
         np.testing.assert_array_equal(ring.attend(begin, end), whole[begin:end])
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("begin", [64, 90, 95, 96, 97, 128])
-def test_pages_outside_the_window_are_not_touched(ops: _core.Ops, begin: int) -> None:
+def test_nothing_before_the_window_is_read(ops: _core.Ops, kv_dtype: str, begin: int) -> None:
+    """Its pages may be gone, and the slots before it in its first page may hold anything."""
     window, end = 33, 130
-    case = make_case(ops, "float32", tokens=end, window=window, head_dim=16)
+    case = make_case(ops, kv_dtype, tokens=end, window=window, head_dim=20)
     expected = case.attend(begin, end)
-    first_visible_page = (begin - window + 1) // PAGE_TOKENS
-    case.cache.table[:first_visible_page] = UNTOUCHABLE
+    first_key = begin - window + 1
+    nan = np.full((first_key, 1, 20), np.nan, np.float32)
+    case.cache.write(0, nan, nan)
+    case.cache.table[: first_key // PAGE_TOKENS] = UNTOUCHABLE
     np.testing.assert_array_equal(case.attend(begin, end), expected)
 
 

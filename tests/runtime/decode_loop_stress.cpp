@@ -238,7 +238,7 @@ void check_block_pool() {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int num_rounds = argc > 1 ? std::atoi(argv[1]) : 30;
+    const int num_rounds = argc > 1 ? std::atoi(argv[1]) : 150;
     check_block_pool();
     check_concurrent_streams(num_rounds);
     check_close_while_busy();

@@ -127,7 +127,8 @@ class FakeStep:
 
     def _check_shape(self, batch: StepBatch) -> None:
         num_sequences = len(batch.context_tokens)
-        assert batch.first_token[0] == 0 and batch.first_token[-1] == len(batch.token_ids), "first_token"
+        assert batch.first_token[0] == 0, "first_token begins elsewhere"
+        assert batch.first_token[-1] == len(batch.token_ids), "first_token ends elsewhere"
         assert np.all(np.diff(batch.first_token) > 0), "a sequence without tokens"
         assert np.all(np.diff(batch.logits_token) > 0), "logits_token must ascend"
         for s in range(num_sequences):
@@ -178,7 +179,8 @@ class FakeStep:
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(1000 * seed + length).integers(0, FAILING, length).tolist()
+    ids: list[int] = np.random.default_rng(1000 * seed + length).integers(0, FAILING, length).tolist()
+    return ids
 
 
 def collect(loop: _core.DecodeLoop, sequence_id: int, timeout_s: float = 20.0) -> list[_core.TokenEvent]:

@@ -1,14 +1,9 @@
-"""The decode loop over a fake step: batching, chunks, preemption, cancellation, failures."""
+"""The decode loop over a fake step: batching, chunks, preemption, cancellation."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,11 +11,9 @@ from numpy.typing import NDArray
 
 from gemma2_fast import _core
 from gemma2_fast.engine.step_batch import StepBatch
-from gemma2_fast.errors import BackendError, CapacityError, RequestError
+from gemma2_fast.errors import RequestError
 
 from .fake_step import (
-    DAMAGED,
-    FAILING,
     PAGE_TOKENS,
     VOCAB_SIZE,
     FakeStep,
@@ -32,56 +25,7 @@ from .fake_step import (
     prompt_of,
     ring_width,
 )
-
-MAX_SEQ_LEN = 96
-WINDOW = 10
-
-
-def two_groups(max_step_tokens: int, sequences: float = 8) -> list[Group]:
-    """A windowed and a global group, as Gemma 2 has, with room for this many full sequences."""
-    ring, whole = ring_width(WINDOW, max_step_tokens, MAX_SEQ_LEN), MAX_SEQ_LEN // PAGE_TOKENS
-    return [Group(WINDOW, int(ring * sequences), ring), Group(None, int(whole * sequences), whole)]
-
-
-@contextmanager
-def running(
-    step: FakeStep,
-    *,
-    max_running: int = 8,
-    max_step_tokens: int = 64,
-    max_logits_rows: int = 64,
-    run: Callable[[StepBatch], NDArray[np.float32]] | None = None,
-) -> Iterator[_core.DecodeLoop]:
-    limits = _core.Limits(
-        max_running_sequences=max_running,
-        max_step_tokens=max_step_tokens,
-        max_seq_len=MAX_SEQ_LEN,
-        max_logits_rows=max_logits_rows,
-        vocab_size=VOCAB_SIZE,
-    )
-    loop = _core.DecodeLoop(_core.CallbackStep(run or step.run), step.plan(), limits)
-    try:
-        yield loop
-    finally:
-        loop.close()
-    assert step.faults == []
-
-
-def greedy(prompt: Sequence[int], max_tokens: int, **options: object) -> _core.Request:
-    return _core.Request(token_ids=prompt, sampling=_core.SamplingParams(max_tokens=max_tokens), **options)  # type: ignore[arg-type]
-
-
-def assert_all_free(loop: _core.DecodeLoop) -> None:
-    stats = loop.stats()
-    assert [group["num_free"] for group in stats["groups"]] == [group["num_blocks"] for group in stats["groups"]]
-    assert stats["num_running"] == stats["num_waiting"] == 0
-
-
-def successor(batch: StepBatch) -> NDArray[np.float32]:
-    """After token t comes t + 1."""
-    logits = np.zeros((len(batch.logits_token), VOCAB_SIZE), np.float32)
-    logits[np.arange(len(logits)), batch.token_ids[batch.logits_token] + 1] = 5
-    return logits
+from .loops import MAX_SEQ_LEN, WINDOW, Gate, assert_all_free, greedy, running, successor, two_groups
 
 
 def test_counting_by_hand() -> None:
@@ -197,7 +141,8 @@ def test_logits_and_logprobs_of_every_prompt_token() -> None:
             assert ids_of(events) == new
             for event in events:
                 if event.token_id is not None:
-                    assert event.logprob is not None and event.logprob.top[0] == (event.token_id, event.logprob.logprob)
+                    assert event.logprob is not None
+                    assert event.logprob.top[0] == (event.token_id, event.logprob.logprob)
         assert loop.stats()["num_preemptions"] > 0
         assert max(rows for _, rows in step.steps) == 5
 
@@ -211,18 +156,6 @@ def test_prompt_only_requests_end_with_length() -> None:
         assert (ids_of(events), events[-1].finish_reason) == ([], "length"), "a full context has no room for a token"
         events = collect(loop, loop.submit(greedy(prompt_of(MAX_SEQ_LEN - 2), 5)))
         assert (len(ids_of(events)), events[-1].finish_reason) == (2, "length")
-
-
-class Gate:
-    """Lets a test hold the loop inside a step."""
-
-    def __init__(self, step: FakeStep) -> None:
-        self.step, self.entered, self.go = step, threading.Semaphore(0), threading.Semaphore(0)
-
-    def run(self, batch: StepBatch) -> NDArray[np.float32]:
-        self.entered.release()
-        assert self.go.acquire(timeout=10)
-        return self.step.run(batch)
 
 
 def test_cancel_running_and_waiting() -> None:
@@ -259,139 +192,6 @@ def test_forget_frees_the_blocks_and_the_mailbox() -> None:
             time.sleep(0.001)
         assert_all_free(loop)
         assert len(ids_of(collect(loop, loop.submit(greedy([1], 5))))) == 5
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"token_ids": []}, "prompt is empty"),
-        ({"token_ids": [1, VOCAB_SIZE]}, "token id 97 in the prompt is outside the vocabulary"),
-        ({"token_ids": [-1]}, "token id -1"),
-        ({"token_ids": [2**40]}, "token id 1099511627776"),
-        ({"token_ids": [1] * (MAX_SEQ_LEN + 1)}, "97 tokens, but a sequence can have 96"),
-        ({"temperature": float("nan")}, "temperature must be finite and at least 0, got nan"),
-        ({"temperature": -0.5}, "temperature"),
-        ({"temperature": 1e300}, "temperature"),
-        ({"top_k": 0}, "top_k must be at least 1, or absent, got 0"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"top_p": float("nan")}, "top_p"),
-        ({"min_p": -0.1}, "min_p"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty"),
-        ({"presence_penalty": float("inf")}, "presence_penalty"),
-        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
-        ({"logit_bias": [(VOCAB_SIZE, 1.0)]}, "logit_bias"),
-        ({"logit_bias": [(1, float("nan"))]}, "logit_bias"),
-        ({"logit_bias": [(1, float("inf"))]}, "logit_bias"),
-        ({"stop_token_ids": [-2]}, "stop_token_ids"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"min_tokens": 9}, "min_tokens must be between 0 and max_tokens"),
-        ({"num_logprobs": -1}, "num_logprobs"),
-        ({"num_prompt_logprobs": VOCAB_SIZE + 1}, "num_prompt_logprobs"),
-        ({"logits_out": np.zeros((1, VOCAB_SIZE), np.float64)}, "logits_out must be a writable"),
-        ({"logits_out": np.zeros((2, VOCAB_SIZE), np.float32)}, "logits_out must be a writable"),
-        ({"logits_out": np.zeros((1, VOCAB_SIZE - 1), np.float32)}, "logits_out holds 96 floats"),
-        ({"logits_out": np.zeros((1, 2 * VOCAB_SIZE), np.float32)[:, ::2]}, "logits_out must be a writable"),
-    ],
-)
-def test_requests_that_can_never_be_served(options: dict[str, object], message: str) -> None:
-    fields = ("token_ids", "num_logprobs", "num_prompt_logprobs", "logits_out")
-    with running(FakeStep(two_groups(64))) as loop:
-        with pytest.raises(RequestError, match=message):
-            sampling = _core.SamplingParams(
-                **{"max_tokens": 8} | {k: v for k, v in options.items() if k not in fields}  # type: ignore[arg-type]
-            )
-            request = {"token_ids": [1]} | {k: v for k, v in options.items() if k in fields}
-            loop.submit(_core.Request(sampling=sampling, **request))  # type: ignore[arg-type]
-        assert_all_free(loop)
-
-
-def test_a_request_that_can_never_fit() -> None:
-    step = FakeStep([Group(None, 5, 24)])
-    with running(step) as loop:
-        with pytest.raises(
-            CapacityError, match=r"21 tokens .*12 of the prompt.* 6 blocks of 4 tokens.* can have 5; shorten"
-        ):
-            loop.submit(greedy(prompt_of(12), 10))
-        assert len(ids_of(collect(loop, loop.submit(greedy(prompt_of(12), 9))))) == 9, "one token less fits exactly"
-
-
-@pytest.mark.parametrize(
-    ("group", "max_step_tokens", "message"),
-    [
-        (Group(None, 5, 5), 0, "max_step_tokens must be between 1"),
-        (Group(None, 0, 5), 8, "between 1 and .* blocks, got 0"),
-        (Group(None, 5, 0), 8, "table_width and a window of at least 1, got 0 and no window"),
-        (Group(0, 5, 5), 8, "table_width and a window of at least 1, got 5 and 0"),
-    ],
-)
-def test_bad_limits_and_plans(group: Group, max_step_tokens: int, message: str) -> None:
-    step = FakeStep([group])
-    with pytest.raises(CapacityError, match=message), running(step, max_step_tokens=max_step_tokens):
-        pass
-
-
-def test_nan_in_one_row_ends_that_request_only() -> None:
-    groups = two_groups(64)
-    step = FakeStep(groups)
-    gate = Gate(step)
-    with running(step, run=gate.run) as loop:
-        good = loop.submit(greedy(prompt_of(9), 20))
-        bad = loop.submit(greedy([3, DAMAGED, 4], 20))
-        scored = loop.submit(greedy([3, DAMAGED, 4], 0, num_prompt_logprobs=0))
-        gate.go.release(1000)
-        for sequence_id in (bad, scored):
-            last = collect(loop, sequence_id)[-1]
-            assert last.finish_reason == "error"
-            assert last.message is not None and "NaN or +inf" in last.message
-        assert ids_of(collect(loop, good)) == expected_greedy(prompt_of(9), 20, groups)
-        assert_all_free(loop)
-
-
-@pytest.mark.parametrize(("value", "reason"), [(np.inf, "error"), (-np.inf, "length"), (np.nan, "error")])
-def test_one_odd_value_in_a_row(value: float, reason: str) -> None:
-    def run(batch: StepBatch) -> NDArray[np.float32]:
-        logits = successor(batch)
-        logits[:, -1] = value
-        return logits
-
-    with running(FakeStep([Group(None, 24, 24)]), run=run) as loop:
-        assert collect(loop, loop.submit(greedy([1], 3)))[-1].finish_reason == reason
-
-
-def test_a_row_without_any_token() -> None:
-    def run(batch: StepBatch) -> NDArray[np.float32]:
-        return np.full((len(batch.logits_token), VOCAB_SIZE), -np.inf, np.float32)
-
-    with running(FakeStep([Group(None, 24, 24)]), run=run) as loop:
-        assert collect(loop, loop.submit(greedy([1], 3)))[-1].finish_reason == "error"
-
-
-def test_a_step_that_raises_ends_its_sequences_and_the_loop_lives_on() -> None:
-    step = FakeStep(two_groups(64))
-    with running(step) as loop:
-        last = collect(loop, loop.submit(greedy([1, FAILING], 5)))[-1]
-        assert last.finish_reason == "error"
-        assert last.message is not None and "ValueError: a token that this step cannot take" in last.message
-        assert_all_free(loop)
-        assert len(ids_of(collect(loop, loop.submit(greedy([1], 5))))) == 5
-
-
-@pytest.mark.parametrize(
-    ("returned", "described"),
-    [
-        (None, "a NoneType"),
-        ([[0.0] * VOCAB_SIZE], "a list"),
-        (np.zeros((1, VOCAB_SIZE)), "float64 (1, 97)"),
-        (np.zeros((1, VOCAB_SIZE - 1), np.float32), "float32 (1, 96)"),
-        (np.zeros((2, VOCAB_SIZE), np.float32), "float32 (2, 97)"),
-        (np.zeros(VOCAB_SIZE, np.float32), "float32 (97,)"),
-    ],
-)
-def test_a_callable_that_returns_something_else(returned: object, described: str) -> None:
-    with running(FakeStep([Group(None, 24, 24)]), run=lambda batch: returned) as loop:  # type: ignore[arg-type,return-value]
-        last = collect(loop, loop.submit(greedy([1], 5)))[-1]
-        assert last.message is not None and "float32 numpy array of shape (1, 97)" in last.message
-        assert f"returned {described}" in last.message
 
 
 def test_a_strided_array_is_read_right() -> None:
@@ -439,19 +239,6 @@ def test_submit_and_wait_from_eight_threads() -> None:
     assert failures == []
 
 
-def test_close_while_busy() -> None:
-    step = FakeStep(two_groups(64))
-    with running(step, max_running=2) as loop:
-        ids = [loop.submit(greedy(prompt_of(9, i), 80)) for i in range(4)]
-        loop.close()
-        loop.close()
-        for sequence_id in ids:
-            assert collect(loop, sequence_id)[-1].finish_reason in ("cancelled", "length")
-        assert_all_free(loop)
-        with pytest.raises(BackendError, match="closed"):
-            loop.submit(greedy([1], 1))
-
-
 def test_wait_times_out_and_refuses_nonsense() -> None:
     step = FakeStep(two_groups(64))
     gate = Gate(step)
@@ -474,38 +261,3 @@ def test_an_idle_loop_sleeps() -> None:
         time.sleep(0.3)
         assert time.process_time() - cpu_s < 0.1
         assert loop.stats()["last_step_age_s"] >= 0.3
-
-
-SCRIPT = """
-    import os, signal, sys, threading, time
-    import numpy as np
-    from gemma2_fast import _core
-
-    def run(batch):
-        time.sleep(0.02)
-        return np.zeros((len(batch.logits_token), 9), np.float32)
-
-    group = _core.PagedKvGroup(
-        layers=[0], num_kv_heads=1, head_dim=1, window_keys=None, num_blocks=4096, table_width=4096)
-    limits = _core.Limits(
-        max_running_sequences=1, max_step_tokens=8, max_seq_len=9999, max_logits_rows=1, vocab_size=9)
-    loop = _core.DecodeLoop(_core.CallbackStep(run), _core.CachePlan(page_tokens=4, paged=[group]), limits)
-    first, second = (
-        loop.submit(_core.Request(token_ids=[1], sampling=_core.SamplingParams(max_tokens=9000))) for _ in range(2))
-"""
-
-
-@pytest.mark.parametrize(
-    ("ending", "printed"),
-    [
-        ("threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\nloop.wait(second)", "KeyboardInterrupt"),
-        ("print('left the loop busy')", "left the loop busy"),
-        ("del loop\nprint('deleted the loop busy')", "deleted the loop busy"),
-    ],
-    ids=["ctrl-c", "exit", "delete"],
-)
-def test_a_process_ends_whatever_the_loop_is_doing(ending: str, printed: str) -> None:
-    script = textwrap.dedent(SCRIPT) + ending
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
-    assert printed in done.stdout + done.stderr
-    assert done.returncode in (0, 1, -2, 130)

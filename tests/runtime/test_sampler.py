@@ -47,7 +47,7 @@ def run_events(
         loop.close()
 
 
-def request(prompt: Sequence[int] = PROMPT, num_logprobs: int | None = None, **sampling: Any) -> _core.Request:
+def request(prompt: Any = PROMPT, num_logprobs: Any = None, **sampling: Any) -> _core.Request:
     params = _core.SamplingParams(**{"max_tokens": 20, **sampling})
     return _core.Request(token_ids=prompt, sampling=params, num_logprobs=num_logprobs)
 
@@ -164,7 +164,12 @@ def test_penalties_change_the_choice() -> None:
     rows = np.repeat(table(3.0)[:1], 64, axis=0)
     plain = run_requests(rows, [request()])[0]
     assert len(set(plain)) == 1
-    for feature in ({"repetition_penalty": 1.7}, {"presence_penalty": 1.5}, {"frequency_penalty": 0.7}):
+    features: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.7},
+    ]
+    for feature in features:
         assert run_requests(rows, [request(**feature)])[0] != plain
     # Presence counts a token once, frequency every time: with equal strength the second falls further.
     presence, frequency = run_requests(rows, [request(presence_penalty=0.4), request(frequency_penalty=0.4)])
@@ -181,7 +186,7 @@ def test_repetition_covers_the_prompt_and_presence_does_not() -> None:
 def test_min_tokens_masks_the_stops_until_then() -> None:
     rows = table(3.0)
     rows[:, 33] = 100
-    params = {"min_tokens": 5, "stop_token_ids": [33, 34], "temperature": 1.0, "top_p": 0.9}
+    params: dict[str, Any] = {"min_tokens": 5, "stop_token_ids": [33, 34], "temperature": 1.0, "top_p": 0.9}
     (ids,) = run_requests(rows, [request(**params)])
     assert ids == expected(rows, params)
     assert (len(ids), ids[-1]) == (6, 33)
@@ -192,7 +197,8 @@ def test_a_ban_on_every_token_is_an_error() -> None:
     banned = request(logit_bias=[(token, -np.inf) for token in range(VOCAB_SIZE)])
     ((event,),) = run_events(rows, [banned])
     assert event.finish_reason == "error"
-    assert event.message is not None and "no token that could be chosen" in event.message
+    assert event.message is not None
+    assert "no token that could be chosen" in event.message
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e38])
@@ -240,7 +246,8 @@ def test_logprobs_are_of_the_raw_logits(scale: float) -> None:
     for event, row in zip(events, rows[3:6].astype(np.float64), strict=True):
         shifted = row - row.max()
         logprobs = shifted - np.log(np.exp(shifted).sum())
-        assert event.logprob is not None and event.token_id is not None
+        assert event.logprob is not None
+        assert event.token_id is not None
         # float32 near the logits' size is all the precision there is
         assert event.logprob.logprob == pytest.approx(logprobs[event.token_id], abs=1e-6, rel=3e-7)
         best = np.argsort(-row, kind="stable")[:7]

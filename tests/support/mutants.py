@@ -92,7 +92,9 @@ def _head_dim_scale(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Weigh
 def _gain_without_one(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Weights]:
     """Norms multiply by w: storing w - 1 makes a right backend do just that."""
     lowered = {
-        name: Tensor.from_float32(tensor.to_float32() - np.float32(1)) for name, tensor in weights.items() if is_norm(name)
+        name: Tensor.from_float32(tensor.to_float32() - np.float32(1))
+        for name, tensor in weights.items()
+        if is_norm(name)
     }
     return spec, {**weights, **lowered}
 

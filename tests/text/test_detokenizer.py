@@ -137,6 +137,7 @@ def until_stop(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
 )
 @example(text="aaab", stop=["aab"], whole_bytes=False)
 @example(text="aabaabaaab", stop=["aabaaa"], whole_bytes=True)
+@example(text="aabaaabaaaa", stop=["aabaaaa"], whole_bytes=False)
 def test_stops_in_text_of_few_letters(tokenizer: Tokenizer, text: str, stop: list[str], whole_bytes: bool) -> None:
     ids = byte_ids(text.encode()) if whole_bytes else tokenizer.encode_content(text)
     expected, expected_stop = until_stop(text, stop)

@@ -54,8 +54,8 @@ def fuzz_parser(
 ) -> Outcome:
     """Write each mutated file to `path` and `read` it; what still loads goes to `use`.
 
-    Only a FileFormatError may come out of `read`, only the package's own exceptions out of `use`, and no file may
-    take long.
+    Only a FileFormatError may come out of `read`, which may not take long, and only the package's own exceptions out
+    of `use`.
     """
     outcome = Outcome()
 
@@ -70,19 +70,21 @@ def fuzz_parser(
     def check(content: bytes) -> None:
         path.unlink(missing_ok=True)  # a new file: views of the last one stay mapped
         path.write_bytes(content)
-        started = time.perf_counter()
+        started = time.process_time()
         message: str | None = None
         try:
             file = read(path)
         except FileFormatError as error:
-            outcome.refused += 1
             message = str(error)
-        else:
+        assert time.process_time() - started < MAX_SECONDS
+        if message is None:
             outcome.loaded += 1
             with suppress(Gemma2FastError):
                 use(file)
-        assert message is None or (path.name in message and len(message) < MAX_MESSAGE_CHARACTERS), message
-        assert time.perf_counter() - started < MAX_SECONDS
+        else:
+            outcome.refused += 1
+            assert path.name in message
+            assert len(message) < MAX_MESSAGE_CHARACTERS
 
     check()
     return outcome
@@ -163,7 +165,7 @@ def mutated_safetensors(draw: st.DrawFn, base: bytes) -> bytes:
         elif action == "extend":
             data += draw(st.binary(max_size=8))
     text = json.dumps(header).encode() if text is None else text
-    length = draw(st.sampled_from([len(text)] * 8 + [len(text) - 1, len(text) + 1, 0, 2**31, 2**63, 2**64 - 1]))
+    length = draw(st.sampled_from([len(text)] * 30 + [len(text) - 1, len(text) + 1, 0, 2**31, 2**63, 2**64 - 1]))
     return (length % 2**64).to_bytes(8, "little") + text + data
 
 

@@ -118,9 +118,9 @@ def test_large_vocabulary_parses_fast(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     tokens = [f"▁token{i}" for i in range(262_144)]
     path.write_bytes(Gguf([array("tokens", b.STRING, tokens), array("scores", b.F32, [0.5] * 262_144)]).to_bytes())
-    started = time.perf_counter()
+    started = time.process_time()
     metadata = read_gguf(path).metadata
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert metadata["tokens"] == tokens
 
 

@@ -271,8 +271,8 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
 def test_large_headers_fail_in_bounded_time_with_a_short_message(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(file_bytes(header, bytes(4)))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(FileFormatError) as caught:
         read_safetensors(path)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert len(str(caught.value)) < 1000

@@ -21,12 +21,13 @@ inline F32 load_kv(const uint16_t* p) { return load_bf16(p); }
 inline F32 load_first_kv(const float* p, int64_t n) { return load_first(p, n); }
 inline F32 load_first_kv(const uint16_t* p, int64_t n) { return load_first_bf16(p, n); }
 
-// Memory works while the tiles compute: each walk also asks for what the next one reads, a few cache lines a step.
+// Memory works while the tiles compute: each product also asks for what the next one reads, a few cache lines a step,
+// into the second-level cache: the first has no room beside the present page, and decoding was 10 % slower with it.
 template <typename Element>
 inline void fetch(const Element* p, int64_t count) {
     constexpr int64_t kLine = 64 / sizeof(Element);
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i);
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i, 0, 2);
 }
 
 // scores[r, key] = sum_d queries[d, r] * keys[d, key].

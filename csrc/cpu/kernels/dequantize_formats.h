@@ -46,19 +46,23 @@ using FormatBF16 = PlainFormat<WeightType::kBF16>;
 
 constexpr int64_t kSmallBlocks = 16;  // blocks of 32 weights in a chunk
 
-// The halves at one place of consecutive blocks: converted together, they cost a broadcast load each.
+// The first two halves of consecutive blocks. In memory each costs its users a broadcast load, which vector units do
+// not notice; they are stored one by one, because a wide load of narrow stores waits for the stores to retire.
 template <int64_t kBlockBytes>
 class BlockHalves {
   public:
-    BlockHalves(const std::byte* first, int64_t num_blocks) {
-        uint16_t halves[kSmallBlocks] = {};
-        for (int64_t i = 0; i < num_blocks; ++i) halves[i] = load_as<uint16_t>(first + i * kBlockBytes);
-        for (int64_t i = 0; i < kSmallBlocks; i += kLanes) store(values_ + i, load_f16(halves + i));
+    BlockHalves(const std::byte* blocks, int64_t num_blocks) {
+#pragma GCC unroll 1
+        for (int64_t i = 0; i < num_blocks; ++i) {
+            const TwoFloats pair = load_two_f16(blocks + i * kBlockBytes);
+            store_two(pairs_ + 2 * i, pair);
+        }
     }
-    F32 operator[](int64_t block) const { return broadcast(values_[block]); }
+    F32 first(int64_t block) const { return broadcast(pairs_[2 * block]); }
+    F32 second(int64_t block) const { return broadcast(pairs_[2 * block + 1]); }
 
   private:
-    alignas(64) float values_[kSmallBlocks];
+    float pairs_[2 * kSmallBlocks];
 };
 
 template <int64_t kBytes>
@@ -71,14 +75,14 @@ struct SmallBlockFormat {
 struct FormatQ8_0 : SmallBlockFormat<34> {
     class Chunk {
       public:
-        Chunk(const std::byte* blocks, int64_t count) : codes_(blocks + 2), scales_(blocks, count / 32) {}
+        Chunk(const std::byte* blocks, int64_t count) : codes_(blocks + 2), halves_(blocks, count / 32) {}
         F32 weights(int64_t step, int64_t i) const {
-            return mul(to_float(load_i8(codes_ + step * kBlockBytes + i)), scales_[step]);
+            return mul(to_float(load_i8(codes_ + step * kBlockBytes + i)), halves_.first(step));
         }
 
       private:
         const std::byte* codes_;
-        Halves scales_;
+        Halves halves_;
     };
 };
 
@@ -91,14 +95,14 @@ inline I32 nibbles(const std::byte* packed, int64_t i) {
 struct FormatQ4_0 : SmallBlockFormat<18> {
     class Chunk {
       public:
-        Chunk(const std::byte* blocks, int64_t count) : blocks_(blocks), scales_(blocks, count / 32) {}
+        Chunk(const std::byte* blocks, int64_t count) : blocks_(blocks), halves_(blocks, count / 32) {}
         F32 weights(int64_t step, int64_t i) const {
-            return FourBitWeights<8>(scales_[step])(nibbles(blocks_ + step * kBlockBytes + 2, i));
+            return FourBitWeights<8>(halves_.first(step))(nibbles(blocks_ + step * kBlockBytes + 2, i));
         }
 
       private:
         const std::byte* blocks_;
-        Halves scales_;
+        Halves halves_;
     };
 };
 
@@ -106,14 +110,14 @@ struct FormatQ4_1 : SmallBlockFormat<20> {
     class Chunk {
       public:
         Chunk(const std::byte* blocks, int64_t count)
-            : blocks_(blocks), scales_(blocks, count / 32), minima_(blocks + 2, count / 32) {}
+            : blocks_(blocks), halves_(blocks, count / 32) {}
         F32 weights(int64_t step, int64_t i) const {
-            return FourBitWeights<0>(scales_[step], minima_[step])(nibbles(blocks_ + step * kBlockBytes + 4, i));
+            return FourBitWeights<0>(halves_.first(step), halves_.second(step))(nibbles(blocks_ + step * kBlockBytes + 4, i));
         }
 
       private:
         const std::byte* blocks_;
-        Halves scales_, minima_;
+        Halves halves_;
     };
 };
 
@@ -125,14 +129,14 @@ inline I32 five_bits(const std::byte* packed, int64_t i) {
 struct FormatQ5_0 : SmallBlockFormat<22> {
     class Chunk {
       public:
-        Chunk(const std::byte* blocks, int64_t count) : blocks_(blocks), scales_(blocks, count / 32) {}
+        Chunk(const std::byte* blocks, int64_t count) : blocks_(blocks), halves_(blocks, count / 32) {}
         F32 weights(int64_t step, int64_t i) const {
-            return FiveBitWeights<16>(scales_[step])(five_bits(blocks_ + step * kBlockBytes + 2, i));
+            return FiveBitWeights<16>(halves_.first(step))(five_bits(blocks_ + step * kBlockBytes + 2, i));
         }
 
       private:
         const std::byte* blocks_;
-        Halves scales_;
+        Halves halves_;
     };
 };
 
@@ -140,14 +144,14 @@ struct FormatQ5_1 : SmallBlockFormat<24> {
     class Chunk {
       public:
         Chunk(const std::byte* blocks, int64_t count)
-            : blocks_(blocks), scales_(blocks, count / 32), minima_(blocks + 2, count / 32) {}
+            : blocks_(blocks), halves_(blocks, count / 32) {}
         F32 weights(int64_t step, int64_t i) const {
-            return FiveBitWeights<0>(scales_[step], minima_[step])(five_bits(blocks_ + step * kBlockBytes + 4, i));
+            return FiveBitWeights<0>(halves_.first(step), halves_.second(step))(five_bits(blocks_ + step * kBlockBytes + 4, i));
         }
 
       private:
         const std::byte* blocks_;
-        Halves scales_, minima_;
+        Halves halves_;
     };
 };
 
@@ -166,12 +170,9 @@ class GroupScales {
         // from the top of that byte. In either word the first four bytes are of scales, the others of minima.
         const uint64_t low = load_as<uint64_t>(block + 4), mixed = load_as<uint32_t>(block + 12);
         const uint64_t high = (mixed | mixed << 28) & 0x0f0f0f0f0f0f0f0f;
-        const uint64_t codes[2] = {low & 0x3f3f3f3f3f3f3f3f, high | (low >> 2 & 0x3030303030303030)};
-        const F32 scale = broadcast_f16(block), minimum = sub(broadcast(0), broadcast_f16(block + 2));
-        for (int64_t i = 0; i < 16; i += kLanes) {
-            const F32 factors = select_less(load(kIsMinimum + i), broadcast(1), scale, minimum);
-            store(values_ + i, mul(to_float(load_u8(reinterpret_cast<const std::byte*>(codes) + i)), factors));
-        }
+        const TwoFloats factors = load_two_f16(block);
+        store_scaled(low & 0x3f3f3f3f3f3f3f3f, factors, values_);
+        store_scaled(high | (low >> 2 & 0x3030303030303030), factors, values_ + 8);
     }
     F32 scale(int64_t pair, int64_t i) const { return broadcast(*at(pair, i)); }
     F32 offset(int64_t pair, int64_t i) const { return broadcast(*(at(pair, i) + 4)); }
@@ -180,7 +181,6 @@ class GroupScales {
     // Of group 2 * pair + i / 32.
     const float* at(int64_t pair, int64_t i) const { return values_ + pair / 2 * 8 + pair % 2 * 2 + i / 32; }
 
-    static constexpr float kIsMinimum[16] = {0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1};
     alignas(64) float values_[16];
 };
 

@@ -15,6 +15,43 @@ inline T load_as(const std::byte* p) {
     return value;
 }
 
+#if defined(__AVX2__)
+
+struct TwoFloats {
+    __m128 v;  // in the low half
+};
+// Two halves; four bytes after them are read as well.
+inline TwoFloats load_two_f16(const std::byte* p) {
+    return {_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store_two(float* p, TwoFloats a) { _mm_storel_pi(reinterpret_cast<__m64*>(p), a.v); }
+// out[i] = byte i of codes times the first factor for i < 4, times minus the second for 4 <= i < 8.
+inline void store_scaled(uint64_t codes, TwoFloats factors, float* out) {
+    const __m256 spread = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(factors.v), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+    const __m256 signs = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(codes)));
+    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(bytes), _mm256_xor_ps(spread, signs)));
+}
+
+#else
+
+struct TwoFloats {
+    float first, second;
+};
+inline TwoFloats load_two_f16(const std::byte* p) {
+    return {f16_to_float(load_as<uint16_t>(p)), f16_to_float(load_as<uint16_t>(p + 2))};
+}
+inline void store_two(float* p, TwoFloats a) {
+    p[0] = a.first;
+    p[1] = a.second;
+}
+inline void store_scaled(uint64_t codes, TwoFloats factors, float* out) {
+    for (int i = 0; i < 8; ++i)
+        out[i] = static_cast<float>(codes >> (8 * i) & 255) * (i < 4 ? factors.first : -factors.second);
+}
+
+#endif
+
 #if defined(__AVX512F__)
 
 struct I32 {

@@ -187,7 +187,7 @@ def _recurrent_gemma(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
         rope=rope,
     )
     recurrent = RecurrentSpec(_count(config, "lru_width"), heads, _count(config, "conv1d_width"))
-    mixers = {"recurrent": recurrent, "attention": attention}
+    mixers: dict[str, AttentionSpec | RecurrentSpec] = {"recurrent": recurrent, "attention": attention}
     key = "block_types" if "block_types" in config else "_block_types"
     pattern = config.get(key)
     if not isinstance(pattern, list) or not pattern or any(kind not in mixers for kind in pattern):

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+# Atoms of the sentencepiece model that the first published tokenizer.json has in its vocabulary but not among its added
+# tokens, so that the library would build them by merging, or not at all.
+_UNLISTED_ATOMS = ("[toxicity=0]", *("\t" * length for length in range(2, 32)))
+
+
 class TokenizersBackend:
     """The file's own normaliser turns spaces into "▁" only after the added tokens "▁▁", "▁▁▁" … were looked for, which
     gives runs of more than 31 spaces, and a literal "▁", other ids than the models were trained with. Doing it first,
@@ -35,6 +40,8 @@ class TokenizersBackend:
             [AddedToken(text, normalized=False, special=True) for text in sorted(markers)]
         )
         self._tokenizer.encode_special_tokens = True
+        atoms = (text for text in _UNLISTED_ATOMS if self.token_id(text) is not None)
+        self._tokenizer.add_tokens([AddedToken(text, normalized=False) for text in atoms])
         self._markers = frozenset(text for text in markers if text not in UNSPELLABLE and not is_reserved(text))
         self._vocab_size = max(self._tokenizer.get_vocab_size(), max(added, default=-1) + 1)
 

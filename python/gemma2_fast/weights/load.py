@@ -108,7 +108,7 @@ def _load_gguf(path: Path) -> Checkpoint:
         if is_norm(name):
             weights[name] = Tensor.from_float32(weights[name].to_float32() - np.float32(1))
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    eos = [int(file.metadata[key]) for key in keys if key in file.metadata]
+    eos = [file.metadata[key] for key in keys if key in file.metadata]
     return Checkpoint(path, spec, weights, {}, _eos_ids(eos), file.metadata)
 
 
