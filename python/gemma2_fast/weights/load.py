@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from gemma2_fast.weights.names import (
     is_norm,
 )
 from gemma2_fast.weights.safetensors import read_safetensors_directory
+from gemma2_fast.weights.strict_json import load_json_object
 from gemma2_fast.weights.tensor import Tensor
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -115,16 +115,12 @@ def _load_gguf(path: Path) -> Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; FileFormatError when it holds anything else."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise FileFormatError(f"{path}: {path.stat().st_size} bytes are more than the {MAX_JSON_BYTES} allowed")
-        value = json.loads(path.read_bytes())
+        num_bytes = path.stat().st_size
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; a model directory needs it") from None
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    if num_bytes > MAX_JSON_BYTES:
+        raise FileFormatError(f"{path}: {num_bytes} bytes are more than the {MAX_JSON_BYTES} that JSON may have")
+    return load_json_object(path.read_bytes(), str(path))
 
 
 def _check_tied(source: str, name: str, output: Tensor, embedding: Tensor) -> None:
