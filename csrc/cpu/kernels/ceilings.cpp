@@ -42,6 +42,7 @@ uint64_t read(const std::byte* data, int64_t num_bytes) {
 
 int64_t multiply_add(int64_t wanted) {
     F32 sums[kChains];
+#pragma GCC unroll 12
     for (F32& sum : sums) sum = broadcast(1);
     const F32 factor = broadcast(0.5f), term = broadcast(0.25f);
     int64_t done = 0;
@@ -58,6 +59,7 @@ int64_t multiply_add_bytes(int64_t wanted) {
     int64_t done = 0;
 #if defined(__AVX512VNNI__)
     __m512i sums[kChains];
+#pragma GCC unroll 12
     for (__m512i& sum : sums) sum = _mm512_setzero_si512();
     const __m512i bytes = _mm512_set1_epi8(3);
     for (; done < wanted; done += kChains * 64)
@@ -68,6 +70,7 @@ int64_t multiply_add_bytes(int64_t wanted) {
         }
 #elif defined(__AVX2__)
     __m256i sums[kChains];
+#pragma GCC unroll 12
     for (__m256i& sum : sums) sum = _mm256_setzero_si256();
     const __m256i bytes = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
     for (; done < wanted; done += kChains * 32)

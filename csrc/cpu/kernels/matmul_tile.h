@@ -115,12 +115,16 @@ void panel_tile(const PanelTile& tile) {
     const float* const x_end = x + tile.cols / kLanes * kLanes;
     const int64_t x_stride = tile.x_stride;
     for (; x < x_end; x += kLanes, panel += kTileRows * kLanes) {
-        F32 weights[kTileRows], activations[kTokens];
+        F32 weights[kTileRows];
 #pragma GCC unroll 4
         for (int r = 0; r < kTileRows; ++r) weights[r] = load(panel + r * kLanes);
 #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) activations[t] = load(x + t * x_stride);
-        accumulate(sums, weights, activations);
+        for (int t = 0; t < kTokens; ++t) {
+            F32 activation = load(x + t * x_stride);
+            asm("" : "+v"(activation.v));  // gcc 12 would load it again for every row: 65 % of the peak instead of 75 %
+#pragma GCC unroll 4
+            for (int r = 0; r < kTileRows; ++r) sums[t][r] = fma(weights[r], activation, sums[t][r]);
+        }
     }
     if (const int64_t rest = tile.cols % kLanes; rest > 0) {
         F32 weights[kTileRows], activations[kTokens];
