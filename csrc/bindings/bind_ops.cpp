@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <limits>
 #include <optional>
 #include <string>
@@ -44,8 +45,8 @@ void require_shape(const py::array& array, const char* name, const std::vector<i
 }
 
 void require_dims(const py::array& array, const char* name, int dims) {
-    require(array.ndim() == dims && array.size() > 0, name, "a non-empty array of " + std::to_string(dims) + " dimensions",
-            "shape " + shape_text(array));
+    require(array.ndim() == dims && array.size() > 0, name,
+            "a non-empty array of " + std::to_string(dims) + " dimensions", "shape " + shape_text(array));
 }
 
 // A view of stored bytes; they may be unaligned, and must be exactly `rows` whole rows.
@@ -68,13 +69,15 @@ Floats copy_of(const Floats& array) {
 
 // pages: float32, or uint16 that holds bfloat16, [N, K, 2, D * P].
 KvPages pages_of(const py::array& pages) {
-    const bool is_f32 = py::isinstance<Floats>(pages), is_bf16 = py::isinstance<py::array_t<uint16_t, py::array::c_style>>(pages);
-    require(is_f32 || is_bf16, "pages", "a contiguous array of float32 or uint16", py::str(pages.dtype()).cast<std::string>());
+    const bool is_f32 = py::isinstance<Floats>(pages),
+               is_bf16 = py::isinstance<py::array_t<uint16_t, py::array::c_style>>(pages);
+    require(is_f32 || is_bf16, "pages", "a contiguous array of float32 or uint16",
+            py::str(pages.dtype()).cast<std::string>());
     require_dims(pages, "pages", 4);
     require(pages.shape(2) == 2 && pages.shape(3) % kPageTokens == 0, "pages",
             "shape [N, K, 2, D * " + std::to_string(kPageTokens) + "]", shape_text(pages));
-    return {static_cast<std::byte*>(const_cast<void*>(pages.data())), is_f32 ? KvType::kF32 : KvType::kBF16, pages.shape(1),
-            pages.shape(3) / kPageTokens};
+    return {static_cast<std::byte*>(const_cast<void*>(pages.data())), is_f32 ? KvType::kF32 : KvType::kBF16,
+            pages.shape(1), pages.shape(3) / kPageTokens};
 }
 
 class Ops {
@@ -85,12 +88,15 @@ class Ops {
           ceilings_(ceilings_for(set_)),
           threads_(num_threads) {}
 
+    // What the last call spent in the kernel itself.
+    double kernel_seconds() const { return kernel_seconds_; }
+
     std::string instruction_set() const { return std::string(instruction_set_name(kernels_.instruction_set)); }
 
     Floats dequantize_row(const std::string& format, const Bytes& data, int64_t cols) {
         const WeightView view = view_of(format, data, 1, cols);
         Floats out(cols);
-        kernels_.dequantize_row(view.type, view.data, cols, out.mutable_data());
+        timed([&, result = out.mutable_data()] { kernels_.dequantize_row(view.type, view.data, cols, result); });
         return out;
     }
 
@@ -113,10 +119,12 @@ class Ops {
         const int64_t scratch_floats = (kernels_.matmul_scratch_floats(cols) + 15) / 16 * 16;
         reserve_scratch(scratch_floats * threads_.num_threads());
         py::gil_scoped_release no_gil;
-        threads_.parallel_for((end - row_begin + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int thread) {
-            const int64_t first = row_begin + task * kRowsPerTask;
-            kernels_.matmul(view, first, std::min(first + kRowsPerTask, end), activations, num_tokens, result, rows,
-                            scratch_.data() + thread * scratch_floats);
+        timed([&] {
+            threads_.parallel_for((end - row_begin + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int thread) {
+                const int64_t first = row_begin + task * kRowsPerTask;
+                kernels_.matmul(view, first, std::min(first + kRowsPerTask, end), activations, num_tokens, result, rows,
+                                scratch_.data() + thread * scratch_floats);
+            });
         });
         return out;
     }
@@ -125,7 +133,9 @@ class Ops {
         require_dims(x, "x", 2);
         require_shape(gain, "gain", {x.shape(1)});
         Floats out({x.shape(0), x.shape(1)});
-        kernels_.rms_norm(x.data(), gain.data(), epsilon, x.shape(0), x.shape(1), out.mutable_data());
+        timed([&, result = out.mutable_data()] {
+            kernels_.rms_norm(x.data(), gain.data(), epsilon, x.shape(0), x.shape(1), result);
+        });
         return out;
     }
 
@@ -134,33 +144,35 @@ class Ops {
         require_shape(gain, "gain", {x.shape(1)});
         require_shape(residual, "residual", {x.shape(0), x.shape(1)});
         Floats out = copy_of(residual);
-        kernels_.rms_norm_add(x.data(), gain.data(), epsilon, x.shape(0), x.shape(1), out.mutable_data());
+        timed([&, result = out.mutable_data()] {
+            kernels_.rms_norm_add(x.data(), gain.data(), epsilon, x.shape(0), x.shape(1), result);
+        });
         return out;
     }
 
     Floats add(const Floats& x, const Floats& residual) {
         require(x.size() == residual.size(), "residual", shape_text(x), shape_text(residual));
         Floats out = copy_of(residual);
-        kernels_.add(x.data(), x.size(), out.mutable_data());
+        timed([&, result = out.mutable_data()] { kernels_.add(x.data(), x.size(), result); });
         return out;
     }
 
     Floats scale(const Floats& x, float factor) {
         Floats out = copy_of(x);
-        kernels_.scale(out.mutable_data(), out.size(), factor);
+        timed([&, result = out.mutable_data()] { kernels_.scale(result, out.size(), factor); });
         return out;
     }
 
     Floats softcap(const Floats& x, float cap) {
         Floats out = copy_of(x);
-        kernels_.softcap(out.mutable_data(), out.size(), cap);
+        timed([&, result = out.mutable_data()] { kernels_.softcap(result, out.size(), cap); });
         return out;
     }
 
     Floats geglu(const Floats& gate, const Floats& up) {
         require(gate.size() == up.size(), "up", shape_text(gate), shape_text(up));
         Floats out = copy_of(gate);
-        kernels_.geglu(gate.data(), up.data(), gate.size(), out.mutable_data());
+        timed([&, result = out.mutable_data()] { kernels_.geglu(gate.data(), up.data(), gate.size(), result); });
         return out;
     }
 
@@ -173,7 +185,9 @@ class Ops {
         require_shape(cos, "cos", {num_tokens, num_pairs});
         require_shape(sin, "sin", {num_tokens, num_pairs});
         Floats out = copy_of(x);
-        kernels_.rope(out.mutable_data(), cos.data(), sin.data(), num_tokens, x.shape(1), head_dim, num_pairs);
+        timed([&, result = out.mutable_data()] {
+            kernels_.rope(result, cos.data(), sin.data(), num_tokens, x.shape(1), head_dim, num_pairs);
+        });
         return out;
     }
 
@@ -188,7 +202,7 @@ class Ops {
                 std::to_string(slot_in_page));
         require_shape(keys, "keys", {view.num_kv_heads, view.head_dim});
         require_shape(values, "values", {view.num_kv_heads, view.head_dim});
-        kernels_.write_kv(view, block_index, slot_in_page, keys.data(), values.data());
+        timed([&] { kernels_.write_kv(view, block_index, slot_in_page, keys.data(), values.data()); });
     }
 
     Floats attention(const Floats& queries, const py::array& pages, const Ints& block_table, int64_t first_position,
@@ -220,7 +234,7 @@ class Ops {
         task.score_softcap = score_softcap;
         task.window_keys = window_keys;
         reserve_scratch(kernels_.attention_scratch_floats(group_heads, view.head_dim));
-        kernels_.attention(task, scratch_.data());
+        timed([&] { kernels_.attention(task, scratch_.data()); });
         return out;
     }
 
@@ -241,16 +255,26 @@ class Ops {
     }
 
   private:
+    template <typename Body>
+    void timed(const Body& body) {
+        const auto start = std::chrono::steady_clock::now();
+        body();
+        kernel_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+
     void reserve_scratch(int64_t floats) {
-        if (static_cast<int64_t>(scratch_.size()) < floats) scratch_ = AlignedBuffer<float>(static_cast<std::size_t>(floats));
+        if (static_cast<int64_t>(scratch_.size()) < floats)
+            scratch_ = AlignedBuffer<float>(static_cast<std::size_t>(floats));
     }
 
     template <typename Body>
     int64_t in_every_thread(const Body& body) {
         std::vector<int64_t> done(static_cast<std::size_t>(threads_.num_threads()));
         py::gil_scoped_release no_gil;
-        threads_.parallel_for(threads_.num_threads(),
-                              [&](int64_t task, int) { done[static_cast<std::size_t>(task)] = body(task); });
+        timed([&] {
+            threads_.parallel_for(threads_.num_threads(),
+                                  [&](int64_t task, int) { done[static_cast<std::size_t>(task)] = body(task); });
+        });
         int64_t sum = 0;
         for (const int64_t part : done) sum += part;
         return sum;
@@ -261,6 +285,7 @@ class Ops {
     const Ceilings& ceilings_;
     ThreadPool threads_;
     AlignedBuffer<float> scratch_;
+    double kernel_seconds_ = 0;
 };
 
 }  // namespace
@@ -269,6 +294,7 @@ void bind_ops(py::module_& module) {
     py::class_<Ops>(module, "Ops")
         .def(py::init<const std::string&, int>(), py::arg("instruction_set") = "auto", py::arg("num_threads") = 1)
         .def_property_readonly("instruction_set", &Ops::instruction_set)
+        .def_property_readonly("kernel_seconds", &Ops::kernel_seconds)
         .def("dequantize_row", &Ops::dequantize_row, py::arg("format"), py::arg("data"), py::arg("cols"))
         .def("matmul", &Ops::matmul, py::arg("format"), py::arg("data"), py::arg("rows"), py::arg("x"),
              py::arg("row_begin") = 0, py::arg("row_end") = py::none(), py::arg("out") = py::none())
@@ -279,8 +305,8 @@ void bind_ops(py::module_& module) {
         .def("softcap", &Ops::softcap, py::arg("x"), py::arg("cap"))
         .def("geglu", &Ops::geglu, py::arg("gate"), py::arg("up"))
         .def("rope", &Ops::rope, py::arg("x"), py::arg("cos"), py::arg("sin"))
-        .def("write_kv", &Ops::write_kv, py::arg("pages"), py::arg("block_index"), py::arg("slot_in_page"), py::arg("keys"),
-             py::arg("values"))
+        .def("write_kv", &Ops::write_kv, py::arg("pages"), py::arg("block_index"), py::arg("slot_in_page"),
+             py::arg("keys"), py::arg("values"))
         .def("attention", &Ops::attention, py::arg("queries"), py::arg("pages"), py::arg("block_table"),
              py::arg("first_position"), py::arg("kv_head"), py::arg("query_scale"),
              py::arg("score_softcap") = py::none(), py::arg("window_keys") = py::none())

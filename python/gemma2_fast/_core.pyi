@@ -248,3 +248,84 @@ class CpuStep(ModelStep):
     ) -> None: ...
     def poison_cache(self) -> None:
         """Fills every cache page with NaN, for tests."""
+
+def processor_name() -> str: ...
+def instruction_sets() -> list[str]:
+    """Sets this machine can run, plainest first."""
+
+def choose_instruction_set(name: str) -> str:
+    """"auto" gives the widest set; BackendError for one that is unknown or not there."""
+
+class ThreadPool:
+    """The engine's thread pool, for tests and measurements."""
+
+    def __init__(self, num_threads: int) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+    def parallel_for(self, num_tasks: int, body: Callable[[int, int], object]) -> None: ...
+
+class Ops:
+    """The kernels of one instruction set on arrays, for tests and benchmarks. Results are new arrays unless named."""
+
+    def __init__(self, instruction_set: str = "auto", num_threads: int = 1) -> None: ...
+    @property
+    def instruction_set(self) -> str: ...
+    @property
+    def kernel_seconds(self) -> float:
+        """What the last call spent in the kernel itself."""
+
+    def dequantize_row(self, format: str, data: NDArray[np.uint8], cols: int) -> NDArray[np.float32]: ...
+    def matmul(
+        self,
+        format: str,
+        data: NDArray[np.uint8],
+        rows: int,
+        x: NDArray[np.float32],
+        row_begin: int = 0,
+        row_end: int | None = None,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """[T, rows] of x [T, cols]; rows outside [row_begin, row_end) are left as in `out`, or NaN."""
+
+    def rms_norm(
+        self, x: NDArray[np.float32], gain: NDArray[np.float32], epsilon: float
+    ) -> NDArray[np.float32]: ...
+    def rms_norm_add(
+        self, x: NDArray[np.float32], gain: NDArray[np.float32], epsilon: float, residual: NDArray[np.float32]
+    ) -> NDArray[np.float32]: ...
+    def add(self, x: NDArray[np.float32], residual: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def scale(self, x: NDArray[np.float32], factor: float) -> NDArray[np.float32]: ...
+    def softcap(self, x: NDArray[np.float32], cap: float) -> NDArray[np.float32]: ...
+    def geglu(self, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def rope(
+        self, x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32]
+    ) -> NDArray[np.float32]: ...
+    def write_kv(
+        self,
+        pages: NDArray[np.float32] | NDArray[np.uint16],
+        block_index: int,
+        slot_in_page: int,
+        keys: NDArray[np.float32],
+        values: NDArray[np.float32],
+    ) -> None:
+        """Changes `pages` [N, K, 2, D * P]."""
+
+    def attention(
+        self,
+        queries: NDArray[np.float32],
+        pages: NDArray[np.float32] | NDArray[np.uint16],
+        block_table: NDArray[np.int32],
+        first_position: int,
+        kv_head: int,
+        query_scale: float,
+        score_softcap: float | None = None,
+        window_keys: int | None = None,
+    ) -> NDArray[np.float32]: ...
+    def read(self, data: NDArray[np.uint8]) -> int:
+        """Reads `data` with every thread; the number of bytes read."""
+
+    def multiply_add(self, wanted: int) -> int:
+        """Does at least about `wanted` float32 multiply-adds, whose number it returns."""
+
+    def multiply_add_bytes(self, wanted: int) -> int:
+        """The same for int8 into int32."""

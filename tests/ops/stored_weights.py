@@ -35,7 +35,9 @@ def stored_matrix(name: str, rows: int, cols: int, seed: int) -> NDArray[np.uint
     if name in PLAIN_FORMATS:
         values = rng.standard_normal(rows * cols).astype(np.float32)
         bits = values.astype(np.float16) if name == "F16" else values
-        data[:] = bits.view(np.uint8) if name != "BF16" else (bits.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        data[:] = (
+            bits.view(np.uint8) if name != "BF16" else (bits.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        )
         return data
     data[:] = rng.integers(0, 256, count, dtype=np.uint8)
     blocks = data.reshape(-1, stored.block_bytes)

@@ -13,7 +13,7 @@ from tests.ops.stored_weights import HALF_OFFSETS, PLAIN_FORMATS, stored_matrix,
 
 
 def half_bytes(*values: float) -> list[int]:
-    return np.array(values, dtype=np.float16).view(np.uint8).tolist()
+    return list(np.array(values, dtype=np.float16).tobytes())
 
 
 def test_q4_0_block_by_hand(ops: _core.Ops) -> None:

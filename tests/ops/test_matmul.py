@@ -1,8 +1,9 @@
-"""matmul over every weight format and instruction set: close to the exact product, and bit-identical however it is cut."""
+"""matmul of every weight format on every instruction set: close to the exact product, same bits however it is cut."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +37,9 @@ class Case:
     weights: Array32
     x: Array32
 
-    def run(self, ops: _core.Ops, begin: int = 0, end: int | None = None, first: int = 0, last: int | None = None) -> Array32:
+    def run(
+        self, ops: _core.Ops, begin: int = 0, end: int | None = None, first: int = 0, last: int | None = None
+    ) -> Array32:
         """Rows [first, last) of tokens [begin, end)."""
         return ops.matmul(self.name, self.data, self.rows, self.x[begin:end], first, last)
 
@@ -108,7 +111,7 @@ def test_same_bits_however_rows_are_split(ops: _core.Ops, name: str, num_tokens:
     case = make_case(name, 139, columns_of(name)[-1], num_tokens)
     whole = case.run(ops)
     for cuts in ([0, 1, 139], [0, 4, 8, 139], [0, 3, 67, 131, 138, 139], [0, 64, 128, 139]):
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             part = case.run(ops, first=first, last=last)
             np.testing.assert_array_equal(part[:, first:last], whole[:, first:last])
             assert np.isnan(part[:, :first]).all()  # and nothing else is written

@@ -104,6 +104,30 @@ def test_a_pool_for_two_of_eight() -> None:
         assert_all_free(loop)
 
 
+def test_a_prompt_is_admitted_only_when_its_blocks_are_free() -> None:
+    step = FakeStep([Group(None, 12, 24)])  # each request needs eleven, so none may start beside another
+    with running(step) as loop:
+        for sequence_id in [loop.submit(greedy(prompt_of(40, i), 4)) for i in range(4)]:
+            assert len(ids_of(collect(loop, sequence_id))) == 4
+        stats = loop.stats()
+        assert (stats["num_preemptions"], stats["num_prefill_tokens"]) == (0, 4 * 40), "nothing is computed twice"
+
+
+def test_no_more_sequences_run_than_a_step_has_rows_for() -> None:
+    step = FakeStep(two_groups(64))
+    gate = Gate(step)
+    with running(step, run=gate.run, max_logits_rows=2) as loop:
+        ids = [loop.submit(greedy(prompt_of(5, i), 3)) for i in range(5)]
+        gate.go.release()
+        for _ in range(2):  # the second step begins with every request known
+            assert gate.entered.acquire(timeout=10)
+        assert (loop.stats()["num_running"], loop.stats()["num_waiting"]) == (2, 3)
+        gate.go.release(1000)
+        for sequence_id in ids:
+            collect(loop, sequence_id)
+        assert max(rows for _, rows in step.steps) == 2
+
+
 def test_a_window_never_holds_more_than_its_ring() -> None:
     groups = [Group(WINDOW, 50, ring_width(WINDOW, 1, MAX_SEQ_LEN))]
     step = FakeStep(groups)

@@ -47,10 +47,11 @@ def test_nan_in_one_row_ends_that_request_only() -> None:
 
 
 @pytest.mark.parametrize(("value", "reason"), [(np.inf, "error"), (-np.inf, "length"), (np.nan, "error")])
-def test_one_odd_value_in_a_row(value: float, reason: str) -> None:
+@pytest.mark.parametrize("token", [0, 5, 18, 77, VOCAB_SIZE - 1])
+def test_one_odd_value_in_a_row(value: float, reason: str, token: int) -> None:
     def run(batch: StepBatch) -> NDArray[np.float32]:
         logits = successor(batch)
-        logits[:, -1] = value
+        logits[:, token] = value
         return logits
 
     with running(FakeStep([Group(None, 24, 24)]), run=run) as loop:

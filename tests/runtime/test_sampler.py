@@ -117,6 +117,24 @@ def test_the_first_draws_by_hand() -> None:
     assert run_requests(rows, [request(max_tokens=2, temperature=1.0)]) == [[30, 30]]
 
 
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 2}, {10, 20}),
+        ({"top_p": 0.5}, {10, 20}),
+        ({"top_p": 0.51}, {10, 20, 30}),
+        ({"top_p": 0.0}, {10}),
+        ({"top_k": 3, "top_p": 0.5}, {10, 20}),
+        ({"min_p": 1.0}, {10, 20, 30, 40}),
+    ],
+    ids=str,
+)
+def test_equals_at_the_edge_go_by_id(params: dict[str, Any], kept: set[int]) -> None:
+    rows = np.full((64, VOCAB_SIZE), -np.inf, np.float32)
+    rows[:, [10, 20, 30, 40]] = 3
+    assert set(run_requests(rows, [request(max_tokens=50, temperature=1.0, **params)])[0]) == kept
+
+
 FEATURES: list[dict[str, Any]] = [
     {"temperature": 1.0},
     {"temperature": 0.3},
@@ -239,7 +257,7 @@ def test_draws_of_one_sequence_are_uniform() -> None:
 @pytest.mark.parametrize("scale", [0.01, 3.0, 40.0])
 def test_logprobs_are_of_the_raw_logits(scale: float) -> None:
     rows = table(scale)
-    rows[3, :40] = rows[3, 0]  # ties at the edge of the top
+    rows[3, :40] = rows[3].max() + 1  # ties across the edge of the top
     rows[4, 500:] = -np.inf
     sampled = request(num_logprobs=7, temperature=0.7, repetition_penalty=1.4, logit_bias=[(9, 50.0)], max_tokens=3)
     (events,) = run_events(rows, [sampled])

@@ -86,7 +86,8 @@ struct FormatQ8_0 : SmallBlockFormat<34> {
     };
 };
 
-// Code i of 16 bytes whose low nibbles are codes 0..15 and whose high ones are 16..31; bits above the fourth are anything.
+// Code i of 16 bytes whose low nibbles are codes 0..15 and whose high ones are 16..31; bits above the fourth are
+// anything.
 inline I32 nibbles(const std::byte* packed, int64_t i) {
     const I32 bytes = load_u8(packed + i % 16);
     return i < 16 ? bytes : shift_right(bytes, 4);
@@ -109,10 +110,10 @@ struct FormatQ4_0 : SmallBlockFormat<18> {
 struct FormatQ4_1 : SmallBlockFormat<20> {
     class Chunk {
       public:
-        Chunk(const std::byte* blocks, int64_t count)
-            : blocks_(blocks), halves_(blocks, count / 32) {}
+        Chunk(const std::byte* blocks, int64_t count) : blocks_(blocks), halves_(blocks, count / 32) {}
         F32 weights(int64_t step, int64_t i) const {
-            return FourBitWeights<0>(halves_.first(step), halves_.second(step))(nibbles(blocks_ + step * kBlockBytes + 4, i));
+            return FourBitWeights<0>(halves_.first(step),
+                                     halves_.second(step))(nibbles(blocks_ + step * kBlockBytes + 4, i));
         }
 
       private:
@@ -143,10 +144,10 @@ struct FormatQ5_0 : SmallBlockFormat<22> {
 struct FormatQ5_1 : SmallBlockFormat<24> {
     class Chunk {
       public:
-        Chunk(const std::byte* blocks, int64_t count)
-            : blocks_(blocks), halves_(blocks, count / 32) {}
+        Chunk(const std::byte* blocks, int64_t count) : blocks_(blocks), halves_(blocks, count / 32) {}
         F32 weights(int64_t step, int64_t i) const {
-            return FiveBitWeights<0>(halves_.first(step), halves_.second(step))(five_bits(blocks_ + step * kBlockBytes + 4, i));
+            return FiveBitWeights<0>(halves_.first(step),
+                                     halves_.second(step))(five_bits(blocks_ + step * kBlockBytes + 4, i));
         }
 
       private:
@@ -289,8 +290,7 @@ inline void unpack_row(const std::byte* row, int64_t cols, Take&& take, TakeRest
             for (int64_t i = 0; i < Format::kStepWeights; i += kLanes) take(col + i, chunk.weights(step, i));
     }
     if constexpr (requires { Format::first_weights; })
-        if (whole < cols)
-            take_rest(whole, Format::first_weights(row + whole * Format::kElementBytes, cols - whole));
+        if (whole < cols) take_rest(whole, Format::first_weights(row + whole * Format::kElementBytes, cols - whole));
 }
 
 }  // namespace

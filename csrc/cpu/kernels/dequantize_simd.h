@@ -22,12 +22,16 @@ struct TwoFloats {
 };
 // Two halves; four bytes after them are read as well.
 inline TwoFloats load_two_f16(const std::byte* p) {
-    return {_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+    // By the form that reads memory, which gcc 12 does not choose: it needs no shuffle.
+    __m128 pair;
+    asm("vcvtph2ps %1, %0" : "=v"(pair) : "m"(*reinterpret_cast<const char (*)[8]>(p)));
+    return {pair};
 }
 inline void store_two(float* p, TwoFloats a) { _mm_storel_pi(reinterpret_cast<__m64*>(p), a.v); }
 // out[i] = byte i of codes times the first factor for i < 4, times minus the second for 4 <= i < 8.
 inline void store_scaled(uint64_t codes, TwoFloats factors, float* out) {
-    const __m256 spread = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(factors.v), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+    const __m256 spread =
+        _mm256_permutevar8x32_ps(_mm256_castps128_ps256(factors.v), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
     const __m256 signs = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(codes)));
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(bytes), _mm256_xor_ps(spread, signs)));
@@ -80,9 +84,7 @@ inline I32 with_fifth_bits(I32 codes, I32 flags, int64_t bit) {
     const __m512i fifth = _mm512_rorv_epi32(flags.v, _mm512_set1_epi32(static_cast<int>(bit) - 4));
     return {_mm512_ternarylogic_epi32(_mm512_set1_epi32(16), fifth, codes.v, 0xca)};
 }
-inline F32 broadcast_f16(const std::byte* p) {
-    return {_mm512_cvtph_ps(_mm256_set1_epi16(load_as<int16_t>(p)))};
-}
+inline F32 broadcast_f16(const std::byte* p) { return {_mm512_cvtph_ps(_mm256_set1_epi16(load_as<int16_t>(p)))}; }
 
 // first + i in lane i.
 inline F32 count_from(float first) {
@@ -107,7 +109,8 @@ class FourBitWeights {
 template <int kZero>
 class FiveBitWeights {
   public:
-    explicit FiveBitWeights(F32 scale) : low_(mul(count_from(-kZero), scale)), high_(mul(count_from(16 - kZero), scale)) {}
+    explicit FiveBitWeights(F32 scale)
+        : low_(mul(count_from(-kZero), scale)), high_(mul(count_from(16 - kZero), scale)) {}
     FiveBitWeights(F32 scale, F32 offset)
         : low_(fma(count_from(-kZero), scale, offset)), high_(fma(count_from(16 - kZero), scale, offset)) {}
     F32 operator()(I32 codes) const { return {_mm512_permutex2var_ps(low_.v, codes.v, high_.v)}; }
@@ -171,9 +174,7 @@ class FewBitWeights {
   public:
     explicit FewBitWeights(F32 scale) : scale_(scale), offset_(mul(scale, broadcast(-kZero))) {}
     FewBitWeights(F32 scale, F32 offset) : scale_(scale), offset_(fma(scale, broadcast(-kZero), offset)) {}
-    F32 operator()(I32 codes) const {
-        return fma(to_float(bit_and(codes, (1 << kBits) - 1)), scale_, offset_);
-    }
+    F32 operator()(I32 codes) const { return fma(to_float(bit_and(codes, (1 << kBits) - 1)), scale_, offset_); }
 
   private:
     F32 scale_, offset_;

@@ -85,24 +85,23 @@ void run_panel_tile(int64_t num_tokens, const PanelTile& tile) {
     }
 }
 
-// Multiplies an unpacked panel with num_tokens <= kPanelTokens tokens: column blocks outside, so that the activations of
-// a block are read from the first-level cache by every tile of rows.
+// Multiplies an unpacked panel with num_tokens <= kPanelTokens tokens: column blocks outside, so that the activations
+// of a block are read from the first-level cache by every tile of rows.
 void multiply_panel(const Matmul& m, int64_t row, int64_t num_rows, int64_t token, int64_t num_tokens,
                     const float* panel, float* partial) {
     const int64_t tile_floats = round_up(m.cols, kLanes) * kTileRows;
     for (int64_t col = 0; col < m.cols; col += kPanelCols)
         for (int64_t r = 0; r < num_rows; r += kTileRows)
-            run_panel_tile(num_tokens,
-                           {.panel = panel + r / kTileRows * tile_floats + col * kTileRows,
-                            .x = m.x + token * m.cols + col,
-                            .x_stride = m.cols,
-                            .cols = m.cols - col < kPanelCols ? m.cols - col : kPanelCols,
-                            .partial = partial + r * kPanelTokens * kLanes,
-                            .first = col == 0,
-                            .last = m.cols - col <= kPanelCols,
-                            .num_rows = num_rows - r < kTileRows ? num_rows - r : kTileRows,
-                            .out = m.out + token * m.out_stride + row + r,
-                            .out_stride = m.out_stride});
+            run_panel_tile(num_tokens, {.panel = panel + r / kTileRows * tile_floats + col * kTileRows,
+                                        .x = m.x + token * m.cols + col,
+                                        .x_stride = m.cols,
+                                        .cols = m.cols - col < kPanelCols ? m.cols - col : kPanelCols,
+                                        .partial = partial + r * kPanelTokens * kLanes,
+                                        .first = col == 0,
+                                        .last = m.cols - col <= kPanelCols,
+                                        .num_rows = num_rows - r < kTileRows ? num_rows - r : kTileRows,
+                                        .out = m.out + token * m.out_stride + row + r,
+                                        .out_stride = m.out_stride});
 }
 
 template <typename Format>
@@ -133,7 +132,7 @@ void matmul(const WeightView& weight, int64_t row_begin, int64_t row_end, const 
         const int64_t block_weights = Format::kBlockWeights;
         int64_t row_bytes = weight.cols / block_weights * Format::kBlockBytes;
         if constexpr (requires { Format::kElementBytes; }) row_bytes = weight.cols * Format::kElementBytes;
-        const Matmul m{weight.data, row_bytes,  row_begin, row_end, weight.cols,
+        const Matmul m{weight.data, row_bytes,  row_begin, row_end,    weight.cols,
                        x,           num_tokens, out,       out_stride, scratch};
         if (num_tokens <= kDirectTokens)
             direct<Format>(m);

@@ -1,6 +1,6 @@
-// The two inner loops of matmul. Both compute output (token, row) by one vector accumulator: lane l sums, in order of k,
-// the products of weights and activations k = l (mod kLanes) by fused multiply-adds, and the lanes are folded by halves
-// at the end. So their results agree bit for bit, whatever tokens and rows are computed together.
+// The two inner loops of matmul. Both compute output (token, row) by one vector accumulator: lane l sums, in order of
+// k, the products of weights and activations k = l (mod kLanes) by fused multiply-adds, and the lanes are folded by
+// halves at the end. So their results agree bit for bit, whatever tokens and rows are computed together.
 #pragma once
 
 #include "cpu/kernels/dequantize_formats.h"
@@ -9,6 +9,9 @@ GEMMA2_FAST_BEGIN_ISA
 namespace {
 
 constexpr int64_t kTileRows = 4;
+
+// Stored bytes are fetched this far ahead, and at least a tile of rows: less than that and memory is waited for.
+constexpr int64_t kAheadBytes = 16384;
 
 // Adds to sums[t][r] the vector products of four rows' weights with each token's activations.
 template <int kTokens>
@@ -22,8 +25,8 @@ inline __attribute__((always_inline)) void accumulate(F32 (&sums)[kTokens][kTile
 
 // out[t * out_stride + r] for the first num_rows of the tile.
 template <int kTokens>
-inline __attribute__((always_inline)) void store_sums(const F32 (&sums)[kTokens][kTileRows], int64_t num_rows, float* out,
-                                                      int64_t out_stride) {
+inline __attribute__((always_inline)) void store_sums(const F32 (&sums)[kTokens][kTileRows], int64_t num_rows,
+                                                      float* out, int64_t out_stride) {
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
         float folded[kTileRows];
@@ -43,7 +46,7 @@ void direct_tile(const std::byte* row, int64_t row_bytes, int64_t num_rows, cons
                  int64_t out_stride) {
     const std::byte* blocks[kTileRows];
     for (int64_t r = 0; r < kTileRows; ++r) blocks[r] = row + (r < num_rows ? r : num_rows - 1) * row_bytes;
-    const std::byte* next_tile = row + kTileRows * row_bytes;
+    const std::byte* ahead = row + (kTileRows * row_bytes > kAheadBytes ? kTileRows * row_bytes : kAheadBytes);
 
     F32 sums[kTokens][kTileRows];
     for (auto& of_token : sums)
@@ -52,12 +55,16 @@ void direct_tile(const std::byte* row, int64_t row_bytes, int64_t num_rows, cons
     const int64_t whole = cols / Format::kBlockWeights * Format::kBlockWeights;
     for (int64_t col = 0; col < whole;) {
         const int64_t count = whole - col < Format::kChunkWeights ? whole - col : Format::kChunkWeights;
-        const typename Format::Chunk chunks[kTileRows] = {{blocks[0], count}, {blocks[1], count}, {blocks[2], count}, {blocks[3], count}};
+        const typename Format::Chunk chunks[kTileRows] = {
+            {blocks[0], count}, {blocks[1], count}, {blocks[2], count}, {blocks[3], count}};
         for (int64_t step = 0; step < count / Format::kStepWeights; ++step, col += Format::kStepWeights) {
-            constexpr int64_t kStepBytes = kTileRows * Format::kBlockBytes * Format::kStepWeights / Format::kBlockWeights;
+            constexpr int64_t kStepBytes =
+                kTileRows * Format::kBlockBytes * Format::kStepWeights / Format::kBlockWeights;
+            constexpr int64_t kStepLines = kStepBytes < 64 ? 1 : (kStepBytes + 32) / 64;
 #pragma GCC unroll 16
-            for (int64_t byte = 0; byte < kStepBytes; byte += 64) __builtin_prefetch(next_tile + byte, 0, 2);
-            next_tile += kStepBytes;
+            for (int64_t line = 0; line < kStepLines; ++line)
+                __builtin_prefetch(ahead + line * kStepBytes / kStepLines, 0, 2);
+            ahead += kStepBytes;
 #pragma GCC unroll 8
             for (int64_t i = 0; i < Format::kStepWeights; i += kLanes) {
                 F32 weights[kTileRows], activations[kTokens];
