@@ -124,7 +124,7 @@ sanitize: $(DONE)/package $(DONE)/test
 	PYTHONPATH="$(CURDIR)/$(SANITIZED)/site:$(SITE_PACKAGES)" GEMMA2_FAST_FUZZ_FILES=2000 $(UBSAN) \
 	ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    "$$(readlink -f $(PY))" -m pytest -p no:cacheprovider tests/ops tests/runtime tests/weights
+	    "$$(readlink -f $(PY))" -m pytest -p no:cacheprovider tests/ops tests/runtime tests/weights tests/model/test_parser_fuzz_steps.py
 UBSAN := UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
 tsan: $(DONE)/build

@@ -70,6 +70,7 @@ def run_llama_cpp(work: Work) -> Result:
     import llama_cpp
 
     start = time.perf_counter()
+    llama_cpp.llama_backend_init()
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(None))
     model = llama_cpp.llama_model_load_from_file(
@@ -84,15 +85,16 @@ def run_llama_cpp(work: Work) -> Result:
 
     def evaluate(ids: Ids) -> int:
         for first in range(0, len(ids), 512):
-            tokens = [int(token) for token in ids[first : first + 512]]
-            batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
-            if llama_cpp.llama_decode(context, batch):
+            tokens = np.ascontiguousarray(ids[first : first + 512], dtype=np.int32)  # the batch only points at them
+            pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(pointer, len(tokens))):
                 raise RuntimeError("llama_decode failed")
         vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(vocab_size,))
         return int(logits.argmax())
 
-    return _timed(work, load_s, evaluate, lambda: llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True))
+    memory = llama_cpp.llama_get_memory(context)
+    return _timed(work, load_s, evaluate, lambda: llama_cpp.llama_memory_clear(memory, True))
 
 
 def run_transformers(work: Work) -> Result:
