@@ -95,11 +95,13 @@ def elementwise(ops: _core.Ops, model: str, num_tokens: int) -> Iterator[Case]:
 
     def norm() -> Exact:
         wide = x.astype(np.float64)
-        return wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-6) * gain
+        normed: Exact = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-6) * gain
+        return normed
 
     def gelu() -> Exact:
         g = gate.astype(np.float64)
-        return 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * up
+        gated: Exact = 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * up
+        return gated
 
     def rotated() -> Exact:
         first, second = np.split(heads.astype(np.float64), 2, axis=2)

@@ -9,10 +9,10 @@ import argparse
 from dataclasses import dataclass
 
 import numpy as np
-from gemma2_fast.bench.measure import best_beside
 from numpy.typing import NDArray
 
 from gemma2_fast import _core
+from gemma2_fast.bench.measure import best_beside
 
 # Reads go round a buffer larger than the caches, a piece a probe. Probes are short: they fit between interruptions.
 BUFFER_BYTES = 512 << 20

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
+from gemma2_fast import _core
 from gemma2_fast.bench import cases
 from gemma2_fast.bench.machine import Ceilings
 from gemma2_fast.bench.measure import best_beside
-
-from gemma2_fast import _core
 from gemma2_fast.quant import FORMATS
 
 # Of the largest exact value. Float32 sums over 9216 columns stay below a tenth of it; a wrong nibble is far above.

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,8 @@ def run_transformers(work: Work) -> Result:
 
     start = time.perf_counter()
     torch.set_num_threads(work.num_threads)
-    model = AutoModelForCausalLM.from_pretrained(work.model, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(work.model, dtype="auto")
+    model.train(False)
     load_s = time.perf_counter() - start
     cache = [DynamicCache(config=model.config)]
 
@@ -154,7 +156,7 @@ def run_apart(engine: str, work: Work) -> Result:
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(work: Work, peer: str, rounds: int) -> dict[str, object]:
+def compare(work: Work, peer: str, rounds: int) -> dict[str, Any]:
     """Alternate the engines and reduce each figure to its median over the rounds."""
     results: dict[str, list[Result]] = {"gemma2_fast": [], peer: []}
     for _ in range(rounds):

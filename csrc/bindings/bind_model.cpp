@@ -17,25 +17,36 @@ namespace {
 
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
+WeightView view_of(const std::string& name, py::handle tensor) try {
+    auto [format_name, shape, array] = tensor.cast<std::tuple<std::string, std::vector<int64_t>, py::object>>();
+    const WeightFormat& format = weight_format(format_name);
+    if (!py::isinstance<Bytes>(array)) throw Error("weights: " + name + " must be a contiguous uint8 array");
+    auto data = py::reinterpret_borrow<Bytes>(array);
+    int64_t num_weights = 1;
+    for (int64_t size : shape)
+        if (size < 1 || __builtin_mul_overflow(num_weights, size, &num_weights))
+            throw Error("weights: " + name + " has an impossible shape");
+    WeightView view{.type = format.type, .rows = 1, .cols = shape.empty() ? 1 : shape.back(), .data = nullptr};
+    view.rows = num_weights / view.cols;
+    view.data = reinterpret_cast<const std::byte*>(data.data());
+    if (view.cols % format.block_weights != 0 || data.nbytes() / view.rows != view.row_bytes() ||
+        data.nbytes() % view.rows != 0)
+        throw Error("weights: " + name + " has " + std::to_string(data.nbytes()) + " bytes, which is not its shape as " +
+                    format_name);
+    return view;
+} catch (const py::cast_error&) {
+    throw Error("weights: " + name + " must be (format name, shape, uint8 array)");
+}
+
 // Weights come as {canonical name: (format name, shape, bytes)}. Views keep the arrays alive until the last step ends,
 // which may be in a thread without the GIL.
 ModelWeights weights_from_dict(const py::dict& tensors) {
     ModelWeights weights;
     for (auto [key, value] : tensors) {
-        auto name = key.cast<std::string>();
-        auto [format, shape, array] = value.cast<std::tuple<std::string, std::vector<int64_t>, py::object>>();
-        if (!py::isinstance<Bytes>(array)) throw Error("weights: " + name + " must be a contiguous uint8 array");
-        auto data = py::reinterpret_borrow<Bytes>(array);
-        WeightView view{.type = weight_format(format).type, .rows = 1, .cols = 1, .data = nullptr};
-        if (!shape.empty()) view.cols = shape.back();
-        for (std::size_t i = 0; i + 1 < shape.size(); ++i) view.rows *= shape[i];
-        view.data = reinterpret_cast<const std::byte*>(data.data());
-        if (view.cols <= 0 || view.rows <= 0 || data.nbytes() != view.rows * view.row_bytes())
-            throw Error("weights: " + name + " has " + std::to_string(data.nbytes()) + " bytes, which is not its shape as " +
-                        format);
-        weights.tensors.emplace(std::move(name), view);
+        auto name = py::str(key).cast<std::string>();
+        weights.tensors.emplace(name, view_of(name, value));
     }
-    weights.owner = std::shared_ptr<const void>(new py::dict(tensors), [](const void* dict) {
+    weights.owner = std::shared_ptr<const void>(new py::dict(tensors.attr("copy")()), [](const void* dict) {
         py::gil_scoped_acquire gil;
         delete static_cast<const py::dict*>(dict);
     });

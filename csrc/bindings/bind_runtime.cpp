@@ -6,6 +6,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -89,6 +90,10 @@ SamplingParams make_sampling(int64_t max_tokens, float temperature, std::optiona
 
 // The loop's thread may need the GIL before it can end, so nobody may wait for it with the GIL held.
 void delete_loop(DecodeLoop* loop) {
+    if (loop->on_own_thread()) {  // Python collected garbage inside a step's callback; the thread cannot join itself
+        std::thread([loop] { delete loop; }).detach();
+        return;
+    }
     if (PyGILState_Check() == 0) {
         delete loop;
         return;

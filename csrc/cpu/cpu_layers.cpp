@@ -1,6 +1,7 @@
 #include "cpu/cpu_layers.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "base/errors.h"
@@ -14,6 +15,22 @@ Gain load_gain(const ModelWeights& weights, const std::string& name, int64_t wid
     kernels.dequantize_row(view.type, view.data, width, gain.data());
     for (float& value : gain.span()) value += 1.0f;
     return gain;
+}
+
+void require(bool holds, const std::string& layer, const std::string& what) {
+    if (!holds) throw Error(layer + what);
+}
+
+// Kernels trust these numbers, so whatever made the spec is checked here.
+void check_attention(const AttentionSpec& spec, const std::string& layer) {
+    require(spec.num_query_heads > 0 && spec.num_kv_heads > 0 && spec.head_dim > 0 &&
+                spec.num_query_heads % spec.num_kv_heads == 0,
+            layer, "query heads must be a multiple of kv heads, and both and head_dim positive");
+    require(2 * static_cast<int64_t>(spec.rope.inverse_frequencies.size()) <= spec.head_dim, layer,
+            "RoPE turns more dims than a head has");
+    require(!spec.window_keys || *spec.window_keys > 0, layer, "the window must hold at least one key");
+    require(!spec.score_softcap || (std::isfinite(*spec.score_softcap) && *spec.score_softcap > 0), layer,
+            "the score soft cap must be positive and finite");
 }
 
 CpuAttention load_attention(const AttentionSpec& spec, const ModelWeights& weights, const std::string& prefix, int64_t width,
@@ -37,6 +54,12 @@ void join_cache_group(CpuAttention& attention, int32_t layer_index, const CacheP
         const std::vector<int32_t>& layers = plan.paged[group].layers;
         auto found = std::find(layers.begin(), layers.end(), layer_index);
         if (found == layers.end()) continue;
+        const PagedKvGroup& joined = plan.paged[group];
+        const AttentionSpec& spec = attention.spec;
+        require(joined.num_kv_heads == spec.num_kv_heads && joined.head_dim == spec.head_dim &&
+                    joined.window_keys == spec.window_keys && joined.num_blocks > 0 && joined.table_width > 0,
+                "layer " + std::to_string(layer_index) + ": ",
+                "the cache group has other kv heads, another head_dim or another window, or no room");
         attention.group_index = group;
         attention.group_layer = static_cast<std::size_t>(found - layers.begin());
         return;
@@ -56,6 +79,7 @@ CpuModel::CpuModel(const ModelSpec& model_spec, ModelWeights model_weights, cons
         if (!attention_spec)
             throw BackendError("the CPU backend has no recurrent layers yet; use a Gemma 1, 2 or 3 model");
         std::string prefix = "layers." + std::to_string(index) + ".";
+        check_attention(*attention_spec, prefix + "attention: ");
         CpuLayer layer;
         layer.gain_before_mixer = load_gain(weights, prefix + "norm_before_mixer", width, kernels);
         layer.attention = load_attention(*attention_spec, weights, prefix + "attention.", width, kernels);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 
 #include "base/errors.h"
@@ -34,7 +35,12 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
     if (plan.page_tokens != kPageTokens)
         throw Error("cache plan: pages of " + std::to_string(plan.page_tokens) + " tokens, the kernels have " +
                     std::to_string(kPageTokens));
-    int64_t query_width = 0, kv_width = 0, mlp_width = 0;
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    if (options.max_step_tokens < 1 || options.max_step_tokens > kMost || options.max_logits_rows < 1 ||
+        options.max_logits_rows > kMost)
+        throw CapacityError("max_step_tokens and max_logits_rows must lie between 1 and 2^31 - 1, got " +
+                            std::to_string(options.max_step_tokens) + " and " + std::to_string(options.max_logits_rows));
+    int64_t query_width = 0, kv_width = 0, mlp_width = 0, kv_heads = 0;
     scratch_floats_ = kernels_.matmul_scratch_floats(spec.model_width);
     for (const CpuLayer& layer : model_.layers) {
         const AttentionSpec& attention = layer.attention.spec;
@@ -43,6 +49,7 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
         query_width = std::max(query_width, layer_query_width);
         kv_width = std::max(kv_width, attention.num_kv_heads * attention.head_dim);
         mlp_width = std::max(mlp_width, layer.mlp_width);
+        kv_heads = std::max(kv_heads, attention.num_kv_heads);
         scratch_floats_ = std::max({scratch_floats_, kernels_.matmul_scratch_floats(layer_query_width),
                                     kernels_.matmul_scratch_floats(layer.mlp_width),
                                     kernels_.attention_scratch_floats(group_heads, attention.head_dim)});
@@ -68,6 +75,7 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
             sin_.push_back(rows(tokens, static_cast<int64_t>(rope.inverse_frequencies.size())));
         }
         scratch_ = rows(threads_.num_threads(), scratch_floats_);
+        tasks_.reserve(static_cast<std::size_t>(tokens * kv_heads));
     } catch (const std::bad_alloc&) {
         throw CapacityError("not enough memory for the cache and one step's activations; lower max_seq_len, max_batch_size or "
                             "kv_cache_gib");
@@ -90,14 +98,43 @@ void CpuStep::poison_cache() {
         std::memset(pages.data(), 0xff, pages.size());  // all ones is a NaN in both element types
 }
 
+// The scheduler may have been given other limits or another plan than this step.
 void CpuStep::check(const StepBatch& batch, std::span<float> logits) const {
-    if (batch.num_tokens() > options_.max_step_tokens || batch.num_logits() > options_.max_logits_rows)
-        throw Error("step of " + std::to_string(batch.num_tokens()) + " tokens and " + std::to_string(batch.num_logits()) +
-                    " logit rows exceeds the planned " + std::to_string(options_.max_step_tokens) + " and " +
+    int64_t num_tokens = batch.num_tokens(), vocab_size = model_.spec.vocab_size;
+    if (num_tokens < 1 || num_tokens > options_.max_step_tokens || batch.num_logits() > options_.max_logits_rows)
+        throw Error("step of " + std::to_string(num_tokens) + " tokens and " + std::to_string(batch.num_logits()) +
+                    " logit rows, planned for 1 to " + std::to_string(options_.max_step_tokens) + " and up to " +
                     std::to_string(options_.max_logits_rows));
-    if (static_cast<int64_t>(logits.size()) != batch.num_logits() * model_.spec.vocab_size)
+    if (static_cast<int64_t>(logits.size()) != batch.num_logits() * vocab_size)
         throw Error("logits have " + std::to_string(logits.size()) + " elements, expected " +
-                    std::to_string(batch.num_logits() * model_.spec.vocab_size));
+                    std::to_string(batch.num_logits() * vocab_size));
+    for (int32_t token : batch.token_ids)
+        if (token < 0 || token >= vocab_size)
+            throw Error("token id " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(vocab_size));
+    if (batch.block_table.size() != plan_.paged.size())
+        throw Error("the batch has block tables of " + std::to_string(batch.block_table.size()) + " groups, the cache " +
+                    std::to_string(plan_.paged.size()));
+    for (std::size_t group = 0; group < plan_.paged.size(); ++group) check_blocks(batch, group);
+}
+
+// Every page that a query may read or write must exist.
+void CpuStep::check_blocks(const StepBatch& batch, std::size_t group_index) const {
+    const PagedKvGroup& group = plan_.paged[group_index];
+    const std::vector<int32_t>& table = batch.block_table[group_index];
+    if (static_cast<int64_t>(table.size()) != batch.num_sequences() * group.table_width)
+        throw Error("block table of group " + std::to_string(group_index) + " has " + std::to_string(table.size()) +
+                    " entries, expected " + std::to_string(batch.num_sequences() * group.table_width));
+    for (int64_t s = 0; s < batch.num_sequences(); ++s) {
+        int64_t context = batch.context_tokens[s];
+        int64_t end = context + batch.first_token[s + 1] - batch.first_token[s];
+        int64_t oldest = group.window_keys ? std::max<int64_t>(0, context - *group.window_keys + 1) : 0;
+        for (int64_t page = oldest / kPageTokens; page <= (end - 1) / kPageTokens; ++page) {
+            int32_t block = table[s * group.table_width + page % group.table_width];
+            if (block < 0 || block >= group.num_blocks)
+                throw Error("page " + std::to_string(page) + " of sequence " + std::to_string(s) + " in group " +
+                            std::to_string(group_index) + " has no block");
+        }
+    }
 }
 
 void CpuStep::embed(const StepBatch& batch) {

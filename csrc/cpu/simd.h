@@ -19,6 +19,13 @@
     }                       \
     }
 
+// Before a loop whose every turn is to be written out. Checked builds do without: they would compile for minutes.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define GEMMA2_FAST_UNROLL
+#else
+#define GEMMA2_FAST_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 

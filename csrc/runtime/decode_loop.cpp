@@ -1,6 +1,8 @@
 #include "runtime/decode_loop.h"
 
 #include <algorithm>
+#include <new>
+#include <string>
 #include <utility>
 
 #include "base/errors.h"
@@ -41,10 +43,11 @@ void DecodeLoop::step() {
     try {
         logits = logits_rows(scheduler_.batch().num_logits());
         model_step_->run(scheduler_.batch(), logits);
+    } catch (const std::bad_alloc&) {
+        failure = "not enough memory for " + std::to_string(scheduler_.batch().num_logits()) +
+                  " rows of logits; lower max_batch_size or max_step_tokens";
     } catch (const std::exception& error) {
         failure = error.what();
-    } catch (...) {
-        failure = "an exception that is no std::exception";
     }
     counters_.num_steps += 1;
     last_step_ = std::chrono::steady_clock::now();
@@ -171,12 +174,16 @@ LoopStats DecodeLoop::stats() const {
 }
 
 void DecodeLoop::close() {
+    if (on_own_thread()) throw BackendError("the decode loop cannot be closed from inside a step; close it elsewhere");
     {
         const std::lock_guard lock(mutex_);
         closing_ = true;
         wake_.notify_one();
     }
-    std::call_once(joined_, [&] { thread_.join(); });
+    std::call_once(joined_, [&] {
+        thread_.join();
+        model_step_.reset();
+    });
 }
 
 }  // namespace gemma2_fast

@@ -54,8 +54,10 @@ class DecodeLoop {
     void forget(int64_t sequence_id);
     std::vector<TokenEvent> wait(int64_t sequence_id, std::chrono::nanoseconds timeout);
     LoopStats stats() const;
-    // Ends every sequence with kCancelled and joins the thread. Events can still be collected.
+    // Ends every sequence with kCancelled, joins the thread and lets go of the model step. Events can still be collected.
+    // Throws BackendError on the loop's own thread, which cannot wait for itself.
     void close();
+    bool on_own_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
 
   private:
     void serve();
@@ -67,7 +69,7 @@ class DecodeLoop {
     void end_all(FinishReason reason, const std::string& message);
     void publish();
 
-    const std::shared_ptr<ModelStep> model_step_;
+    std::shared_ptr<ModelStep> model_step_;
     const Limits limits_;
 
     // The loop's thread only.

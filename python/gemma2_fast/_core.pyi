@@ -254,7 +254,7 @@ def instruction_sets() -> list[str]:
     """Sets this machine can run, plainest first."""
 
 def choose_instruction_set(name: str) -> str:
-    """"auto" gives the widest set; BackendError for one that is unknown or not there."""
+    """ "auto" gives the widest set; BackendError for one that is unknown or not there."""
 
 class ThreadPool:
     """The engine's thread pool, for tests and measurements."""
@@ -287,9 +287,7 @@ class Ops:
     ) -> NDArray[np.float32]:
         """[T, rows] of x [T, cols]; rows outside [row_begin, row_end) are left as in `out`, or NaN."""
 
-    def rms_norm(
-        self, x: NDArray[np.float32], gain: NDArray[np.float32], epsilon: float
-    ) -> NDArray[np.float32]: ...
+    def rms_norm(self, x: NDArray[np.float32], gain: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]: ...
     def rms_norm_add(
         self, x: NDArray[np.float32], gain: NDArray[np.float32], epsilon: float, residual: NDArray[np.float32]
     ) -> NDArray[np.float32]: ...

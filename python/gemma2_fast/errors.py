@@ -44,4 +44,9 @@ class HubError(Gemma2FastError, OSError):
 
 
 class GenerationError(Gemma2FastError, RuntimeError):
-    """A request ended because its step failed or its logits were not finite; other requests go on."""
+    """A request ended because its step failed or its logits were not finite; other requests go on.
+
+    completed: for a batch, its members in order: a Generation, or None for one that failed too.
+    """
+
+    completed: tuple[object, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,19 @@ from numpy.typing import NDArray
 from gemma2_fast import _core
 from gemma2_fast.description import Description
 from gemma2_fast.engine.engine import start_engine
-from gemma2_fast.engine.options import EngineOptions, EnginePlan, plan_engine
-from gemma2_fast.errors import GenerationError, RequestError, TokenizerError
+from gemma2_fast.engine.options import EngineOptions, EnginePlan, free_memory_bytes, plan_engine, why_not_runnable
+from gemma2_fast.errors import (
+    BackendError,
+    CapacityError,
+    ConfigError,
+    GenerationError,
+    RequestError,
+    TokenizerError,
+)
 from gemma2_fast.outputs import Generation
 from gemma2_fast.sampling import SamplingParams
 from gemma2_fast.spec import ModelSpec
-from gemma2_fast.stream import WAIT_SECONDS, TokenStream
+from gemma2_fast.stream import WAIT_SECONDS, TokenStream, drain_all
 from gemma2_fast.text import (
     TOKENIZER_FILES,
     ChatFormat,
@@ -57,6 +65,10 @@ class Generator:
         self._checkpoint = checkpoint
         self._tokenizer, template = load_text(checkpoint)
         self._chat_format = None if self._tokenizer is None else ChatFormat(template, self._tokenizer)
+        try:
+            SamplingParams().resolved(checkpoint.generation_config)
+        except RequestError as error:
+            raise ConfigError(f"{checkpoint.path / 'generation_config.json'}: {error}") from None
         self._loop = start_engine(plan, checkpoint.weights)
         self._finalizer = weakref.finalize(self, self._loop.close)
 
@@ -65,12 +77,23 @@ class Generator:
         cls,
         model: str | os.PathLike[str],
         *,
+        backend: str = "auto",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        activations: str = "auto",
+        kv_dtype: str = "auto",
+        max_seq_len: int | None = None,
+        max_batch_size: int = 8,
+        max_step_tokens: int | None = None,
+        kv_cache_gib: float | None = None,
+        num_threads: int | None = None,
+        sliding_window: int | None = None,
+        instruction_set: str = "auto",
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         progress: bool = True,
-        **options: Any,
     ) -> Generator:
         """Load a hub id, a local directory, a .gguf file, or "gemma-3-270m" (which ships with the [demo] extra).
 
@@ -85,20 +108,39 @@ class Generator:
 
         Raises classes of gemma2_fast.errors, or OSError for a path that cannot be read.
         """
-        engine_options = EngineOptions.from_keywords(options)
+        options = EngineOptions(
+            backend=backend,
+            dtype=dtype,
+            quantization=quantization,
+            activations=activations,
+            kv_dtype=kv_dtype,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            max_step_tokens=max_step_tokens,
+            kv_cache_gib=kv_cache_gib,
+            num_threads=num_threads,
+            sliding_window=sliding_window,
+            instruction_set=instruction_set,
+        )
         checkpoint = _open(model, revision, token, cache_dir, local_files_only, progress)
-        plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, engine_options)
+        problem = why_not_runnable(checkpoint.spec)
+        if problem is not None:
+            raise BackendError(problem)
+        plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, options)
         prefault(checkpoint.weights, progress)
         return cls(checkpoint, plan)
 
     @classmethod
     def describe(cls, model: str | os.PathLike[str], **options: Any) -> Description:
-        """What from_pretrained would build with the same arguments. Allocates neither weights nor cache."""
+        """What from_pretrained would build with the same arguments, or why it could not. Allocates nothing of it."""
         hub = {name: options.pop(name) for name in _HUB_DEFAULTS if name in options}
         engine_options = EngineOptions.from_keywords(options)
         checkpoint = _open(model, **{**_HUB_DEFAULTS, **hub})
-        plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, engine_options)
-        return Description(checkpoint, plan)
+        try:
+            plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, engine_options)
+        except (BackendError, CapacityError) as error:
+            return Description(checkpoint, None, str(error))
+        return Description(checkpoint, plan, why_not_runnable(plan.spec))
 
     @property
     def spec(self) -> ModelSpec:
@@ -136,7 +178,7 @@ class Generator:
             for prompt_ids in prompts_ids:
                 seed = _seed(chosen)
                 streams += [self._stream(prompt_ids, chosen, seed + sample) for sample in range(chosen.n)]
-            generations = [stream.drain() for stream in streams]
+            generations = drain_all(streams)
         finally:
             for stream in streams:
                 stream.close()
@@ -163,10 +205,10 @@ class Generator:
         Returns what generate returns, or with stream=True what stream returns. A system message is put at the start of
         the first user turn, or refused with strict_system=True. Markers inside a content never become control ids.
         """
-        tokenizer = self.tokenizer
-        if self._chat_format is None:
-            raise TokenizerError(f"{self._checkpoint.path} has no tokenizer")
-        prompt_ids = self._chat_format.render(messages, strict_system=strict_system)
+        tokenizer, chat_format = self.tokenizer, self._chat_format
+        if chat_format is None:
+            raise TokenizerError(f"{self._checkpoint.path} has no chat format")
+        prompt_ids = chat_format.render(messages, strict_system=strict_system)
         chosen = self._params(params, changes)
         end_of_turn = () if tokenizer.end_of_turn_id is None else (tokenizer.end_of_turn_id,)
         if not chosen.ignore_eos:
@@ -177,6 +219,11 @@ class Generator:
         """Raw (capped) next-token logits of every token, float32 [T, V]."""
         prompt_ids = self._prompt_ids(prompt)
         self._check_length(prompt_ids)
+        num_bytes = len(prompt_ids) * self.spec.vocab_size * 4
+        if num_bytes > free_memory_bytes():
+            raise CapacityError(
+                f"the logits of {len(prompt_ids)} tokens take {num_bytes / 2**30:.1f} GiB, more than is free; use score"
+            )
         out = np.empty((len(prompt_ids), self.spec.vocab_size), dtype=np.float32)
         self._run_prompt(_core.Request(token_ids=prompt_ids, sampling=_no_tokens(), logits_out=out))
         return out
@@ -212,24 +259,26 @@ class Generator:
         if tokenizer is None and params.stop:
             raise TokenizerError("stop strings need a tokenizer, which this checkpoint lacks; use stop_token_ids")
         sampling = params.resolved(self._checkpoint.generation_config)
-        return TokenStream(self._loop, prompt_ids, params, sampling, frozenset(stop_ids), seed % 2**64, tokenizer)
+        return TokenStream(self._loop, prompt_ids, params, sampling, frozenset(stop_ids), seed % 2**64, tokenizer, self)
 
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+        if params is not None and not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be a SamplingParams, got {type(params).__name__}")
         base = SamplingParams() if params is None else params
         return base.updated(changes)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return _checked_ids(prompt)
+        if not isinstance(prompt, str):
+            return _checked_ids(prompt)
+        if not prompt:
+            raise RequestError("the prompt is empty; give text or at least one token id")
+        return self.tokenizer.encode(prompt)
 
-    def _batch_ids(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[list[int]], bool]:
+    def _batch_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Ids of every prompt, and whether a single prompt was given rather than a list of them."""
-        if isinstance(prompts, str):
-            return [self._prompt_ids(prompts)], True
-        if len(prompts) and isinstance(prompts[0], str | Sequence | np.ndarray):
-            return [self._prompt_ids(prompt) for prompt in prompts], False  # type: ignore[arg-type]
-        return [_checked_ids(prompts)], True
+        if isinstance(prompts, list | tuple) and any(isinstance(p, str | list | tuple | np.ndarray) for p in prompts):
+            return [self._prompt_ids(prompt) for prompt in prompts], False
+        return [self._prompt_ids(prompts)], True
 
     def _check_length(self, prompt_ids: Sequence[int]) -> None:
         limit = self.plan.cache.max_seq_len
@@ -286,13 +335,13 @@ def load_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, str | None]:
 
 
 def _checked_ids(ids: Any) -> list[int]:
+    allowed = isinstance(ids, list | tuple | range | np.ndarray)
+    if not allowed or any(isinstance(token_id, bool | np.bool_) for token_id in ids):
+        raise RequestError(f"a prompt is text or a list of token ids (whole numbers), got {type(ids).__name__}")
     try:
-        checked = [int(token_id) for token_id in ids if not isinstance(token_id, bool | float | str)]
-    except (TypeError, ValueError):
-        checked = []
-    if len(checked) != len(ids):
-        raise RequestError("a prompt is text or a list of token ids (whole numbers)")
-    return checked
+        return [operator.index(token_id) for token_id in ids]
+    except TypeError:
+        raise RequestError("a prompt is text or a list of token ids (whole numbers)") from None
 
 
 def _seed(params: SamplingParams) -> int:

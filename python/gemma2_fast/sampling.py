@@ -12,6 +12,7 @@ from gemma2_fast.errors import RequestError
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGPROBS = 64
 MAX_SEED = 2**64 - 1
+MAX_NUMBER = 1e30  # far beyond any use, and finite as a float32
 
 _DEFAULTS: dict[str, Any] = {
     "top_k": None,
@@ -41,7 +42,7 @@ class SamplingParams:
     """Parameters of one request; what is None comes from the checkpoint's generation_config.json, else a default.
 
     temperature: 0 is greedy, which is also the default unless the checkpoint says `do_sample`.
-    top_k, top_p, min_p: applied in this order, after the temperature; None keeps every token.
+    top_k, top_p, min_p: applied in this order, after the temperature; top_k 0, top_p 1 and min_p 0 keep every token.
     repetition_penalty: over prompt and output, 1 is none. presence_penalty, frequency_penalty: over the output, 0 is
     none.
     logit_bias: token id → value added to its logit.
@@ -78,6 +79,8 @@ class SamplingParams:
                     f"max_tokens ({self.max_tokens}) and max_new_tokens ({max_new_tokens}) differ; give one"
                 )
             object.__setattr__(self, "max_tokens", max_new_tokens)
+        if not isinstance(self.stop, str | tuple | list) or not isinstance(self.stop_token_ids, tuple | list):
+            raise RequestError("stop must be a string or a list of strings, and stop_token_ids a list of ids")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if any(not isinstance(text, str) or not text for text in stop):
             raise RequestError(f"stop strings must not be empty, got {stop!r}")
@@ -85,7 +88,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
         _check_number("temperature", self.temperature, 0, math.inf)
-        _check_int("top_k", self.top_k, 1)
+        _check_int("top_k", self.top_k, 0)
         _check_number("top_p", self.top_p, 0, 1, above=True)
         _check_number("min_p", self.min_p, 0, 1)
         _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True)
@@ -117,13 +120,11 @@ class SamplingParams:
 
     def resolved(self, generation_config: Mapping[str, Any]) -> ResolvedSampling:
         """Every None filled from generation_config.json, else by the default."""
-        do_sample = bool(generation_config.get("do_sample", False))
+        do_sample = generation_config.get("do_sample", False) is True
         values: dict[str, Any] = {**_DEFAULTS, "temperature": 1.0 if do_sample else 0.0}
         for ours, theirs in _CHECKPOINT_KEYS.items():
             value = generation_config.get(theirs)
-            # Hugging Face writes top_k 0 and temperature 0 for "off".
-            off = value is None or (ours in ("top_k", "temperature") and value == 0)
-            if not off and (do_sample or ours not in ("temperature", "top_k", "top_p", "min_p")):
+            if value is not None and (do_sample or ours != "temperature"):
                 values[ours] = value
         values |= {name: getattr(self, name) for name in values if getattr(self, name) is not None}
         SamplingParams(**values)  # refuses what the file may have said
@@ -148,8 +149,8 @@ class ResolvedSampling:
 def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_NUMBER:
+        raise RequestError(f"{name} must be a finite number, got {value!r:.100}")
     if value < low or value > high or (above and value == low):
         bounds = f"above {low:g}" if above else f"at least {low:g}"
         if high < math.inf:

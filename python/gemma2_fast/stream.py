@@ -12,6 +12,7 @@ from gemma2_fast.outputs import Chunk, Generation, Timings, TokenLogprob, Usage
 from gemma2_fast.sampling import ResolvedSampling, SamplingParams
 from gemma2_fast.text import StreamDetokenizer, Tokenizer
 
+TURN_SECONDS = 0.05  # how long the reader of several streams waits for one of them
 WAIT_SECONDS = 60.0  # how long one wait for events lasts; the request itself has no time limit
 
 
@@ -27,12 +28,15 @@ class TokenStream(Iterator[Chunk]):
         stop_ids: frozenset[int],
         seed: int,
         tokenizer: Tokenizer | None,
+        owner: object,
     ) -> None:
         self._loop = loop
+        self._owner = owner  # the loop ends with the Generator, which must therefore outlive its streams
         self._params = params
         self._stop_ids = stop_ids
         self._num_prompt_tokens = len(prompt_ids)
         self._detokenizer = StreamDetokenizer(tokenizer, stop=tuple(params.stop)) if tokenizer else None
+        self._num_pieces = tokenizer.vocab_size if tokenizer else 0
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -49,12 +53,7 @@ class TokenStream(Iterator[Chunk]):
             raise StopIteration
         while not self._pending:
             self._pending = self._loop.wait(self._sequence_id, WAIT_SECONDS)
-        event = self._pending.pop(0)
-        try:
-            return self._chunk(event)
-        except BaseException:
-            self.close()
-            raise
+        return self._chunk(self._pending.pop(0))
 
     def close(self) -> None:
         """Cancel the request if it still runs; its cache blocks are freed before the next step."""
@@ -74,12 +73,13 @@ class TokenStream(Iterator[Chunk]):
         if hasattr(self, "_sequence_id"):
             self.close()
 
-    def drain(self) -> Generation:
-        """Run to the end and return the whole."""
-        for chunk in self:
-            if chunk.generation is not None:
-                return chunk.generation
-        raise GenerationError("the request was cancelled before it ended")
+    def advance(self, timeout_s: float) -> Generation | None:
+        """Take the events that come within `timeout_s`; the Generation if one of them was the last."""
+        for event in self._loop.wait(self._sequence_id, timeout_s):
+            generation = self._chunk(event).generation
+            if self._finished:
+                return generation
+        return None
 
     def _chunk(self, event: _core.TokenEvent) -> Chunk:
         self._prompt_logprobs.extend(_logprob(row) for row in event.prompt_logprobs)
@@ -121,6 +121,8 @@ class TokenStream(Iterator[Chunk]):
             self._logprobs.append(_logprob(event.logprob))
         if self._detokenizer is None or is_stop:
             return ""
+        if token_id >= self._num_pieces:
+            return ""  # a padding row of the embedding, which has no piece
         text = self._detokenizer.push(token_id)
         self._texts.append(text)
         return text
@@ -140,6 +142,34 @@ class TokenStream(Iterator[Chunk]):
         )
 
 
+def drain_all(streams: Sequence[TokenStream]) -> list[Generation]:
+    """Read all streams side by side, so that a stop string ends its request at once. In the order of `streams`.
+
+    One that fails does not end the others; the first failure is raised when all have ended.
+    """
+    done: dict[int, Generation] = {}
+    failures: dict[int, GenerationError] = {}
+    while len(done) + len(failures) < len(streams):
+        timeout_s = TURN_SECONDS  # the first stream still running sets the pace
+        for index, stream in enumerate(streams):
+            if index in done or index in failures:
+                continue
+            try:
+                generation = stream.advance(timeout_s)
+            except GenerationError as error:
+                failures[index] = error
+                continue
+            timeout_s = 0.0
+            if generation is not None:
+                done[index] = generation
+    if failures:
+        index, failure = min(failures.items())
+        batch_error = GenerationError(f"request {index + 1} of {len(streams)}: {failure}")
+        batch_error.completed = tuple(done.get(i) for i in range(len(streams)))
+        raise batch_error
+    return [done[index] for index in range(len(streams))]
+
+
 def _core_request(
     prompt_ids: Sequence[int],
     params: SamplingParams,
@@ -151,7 +181,7 @@ def _core_request(
         token_ids=list(prompt_ids),
         sampling=_core.SamplingParams(
             temperature=sampling.temperature,
-            top_k=sampling.top_k,
+            top_k=sampling.top_k or None,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,

@@ -70,6 +70,17 @@ def test_streams_equal_the_whole_and_chat_uses_the_turn_format() -> None:
         assert gen.chat(prompt, max_tokens=8).token_ids == gen.generate(turn, max_tokens=8).token_ids
 
 
+def test_a_stop_string_ends_its_request_while_others_run() -> None:
+    with Generator.from_pretrained("gemma-3-270m", max_seq_len=512, progress=False) as gen:
+        prompts = ["Once upon a time", "The capital of France is"]
+        before = gen.stats()["num_decode_tokens"]
+        long, short = gen.generate(prompts, max_tokens=80, stop=[" France"], temperature=0, ignore_eos=True)
+        assert short.text == " the capital of the country of"
+        assert (short.finish_reason, len(short.token_ids)) == ("stop", 7)
+        assert " France" not in long.text
+        assert gen.stats()["num_decode_tokens"] - before < len(long.token_ids) + 40
+
+
 def test_memory_stays_near_the_file() -> None:
     """Quantised weights run from the map: 253 MB of file, and everything else in less than 200."""
     script = (

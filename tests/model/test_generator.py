@@ -162,7 +162,14 @@ BAD_REQUESTS: list[tuple[Any, dict[str, Any], str]] = [
     (PROMPT, {"temperature": -1}, "temperature"),
     (PROMPT, {"top_p": 0}, "top_p"),
     (PROMPT, {"top_p": 1.5}, "top_p"),
-    (PROMPT, {"top_k": 0}, "top_k"),
+    (PROMPT, {"top_k": -1}, "top_k"),
+    (PROMPT, {"temperature": 10**400}, "temperature"),
+    (PROMPT, {"stop": None}, "stop"),
+    (PROMPT, {"params": {"temperature": 0}}, "SamplingParams"),
+    (5, {}, "token ids"),
+    (None, {}, "token ids"),
+    (b"hi", {}, "token ids"),
+    ("", {}, "empty"),
     (PROMPT, {"top_k": 1.5}, "top_k"),
     (PROMPT, {"min_p": -0.1}, "min_p"),
     (PROMPT, {"repetition_penalty": 0}, "repetition_penalty"),
@@ -233,6 +240,12 @@ def test_nan_in_one_embedding_row_ends_that_request_only() -> None:
         assert idle(gen)
         with pytest.raises(GenerationError, match="finite|NaN"):
             gen.generate(PROMPT, max_tokens=3)
+
+
+def test_a_stream_keeps_its_generator_alive() -> None:
+    stream = generator(SPEC, WEIGHTS).stream(PROMPT, max_tokens=50)
+    gc.collect()
+    assert len([t for chunk in stream for t in chunk.token_ids]) == 50
 
 
 def test_a_closed_generator_says_so() -> None:

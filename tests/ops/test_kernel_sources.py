@@ -1,5 +1,8 @@
-"""Kernel sources are compiled once per instruction set, and the linker may keep any one copy of a shared inline function:
-a copy with wide instructions must never serve a machine without them. So kernels use no code of the standard library."""
+"""Kernels use no code of the standard library.
+
+They are compiled once per instruction set, and of an inline function that several objects hold the linker keeps any
+one: a copy with wide instructions could come to serve a machine without them.
+"""
 
 from __future__ import annotations
 

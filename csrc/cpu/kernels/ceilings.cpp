@@ -42,16 +42,17 @@ uint64_t read(const std::byte* data, int64_t num_bytes) {
 
 int64_t multiply_add(int64_t wanted) {
     F32 sums[kChains];
-#pragma GCC unroll 12
+    GEMMA2_FAST_UNROLL
     for (F32& sum : sums) sum = broadcast(1);
     const F32 factor = broadcast(0.5f), term = broadcast(0.25f);
     int64_t done = 0;
-    for (; done < wanted; done += kChains * kLanes)
-#pragma GCC unroll 12
+    for (; done < wanted; done += kChains * kLanes) {
+        GEMMA2_FAST_UNROLL
         for (F32& sum : sums) {
             sum = fma(sum, factor, term);
             keep(sum.v);
         }
+    }
     return done;
 }
 
@@ -59,38 +60,41 @@ int64_t multiply_add_bytes(int64_t wanted) {
     int64_t done = 0;
 #if defined(__AVX512VNNI__)
     __m512i sums[kChains];
-#pragma GCC unroll 12
+    GEMMA2_FAST_UNROLL
     for (__m512i& sum : sums) sum = _mm512_setzero_si512();
     const __m512i bytes = _mm512_set1_epi8(3);
-    for (; done < wanted; done += kChains * 64)
-#pragma GCC unroll 12
+    for (; done < wanted; done += kChains * 64) {
+        GEMMA2_FAST_UNROLL
         for (__m512i& sum : sums) {
             sum = _mm512_dpbusd_epi32(sum, bytes, bytes);
             keep(sum);
         }
+    }
 #elif defined(__AVX2__)
     __m256i sums[kChains];
-#pragma GCC unroll 12
+    GEMMA2_FAST_UNROLL
     for (__m256i& sum : sums) sum = _mm256_setzero_si256();
     const __m256i bytes = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
-    for (; done < wanted; done += kChains * 32)
-#pragma GCC unroll 12
+    for (; done < wanted; done += kChains * 32) {
+        GEMMA2_FAST_UNROLL
         for (__m256i& sum : sums) {
             __m256i pairs = bytes;
             keep(pairs);
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(pairs, bytes), ones));
             keep(sum);
         }
+    }
 #else
     int32_t sums[kChains] = {};
-    for (; done < wanted; done += kChains)
-#pragma GCC unroll 12
+    for (; done < wanted; done += kChains) {
+        GEMMA2_FAST_UNROLL
         for (int32_t& sum : sums) {
             int32_t product = 3;
             asm volatile("" : "+r"(product));
             sum += product * product;
             asm volatile("" : "+r"(sum));
         }
+    }
 #endif
     return done;
 }

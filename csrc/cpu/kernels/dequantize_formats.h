@@ -286,8 +286,8 @@ inline void unpack_row(const std::byte* row, int64_t cols, Take&& take, TakeRest
         const int64_t count = whole - col < Format::kChunkWeights ? whole - col : Format::kChunkWeights;
         const typename Format::Chunk chunk(row + col / Format::kBlockWeights * Format::kBlockBytes, count);
         for (int64_t step = 0; step < count / Format::kStepWeights; ++step, col += Format::kStepWeights)
-#pragma GCC unroll 8
-            for (int64_t i = 0; i < Format::kStepWeights; i += kLanes) take(col + i, chunk.weights(step, i));
+            GEMMA2_FAST_UNROLL
+        for (int64_t i = 0; i < Format::kStepWeights; i += kLanes) take(col + i, chunk.weights(step, i));
     }
     if constexpr (requires { Format::first_weights; })
         if (whole < cols) take_rest(whole, Format::first_weights(row + whole * Format::kElementBytes, cols - whole));

@@ -32,26 +32,20 @@ struct Matmul {
 };
 
 template <typename Format, int kTokens>
-void direct_rows(const Matmul& m, int64_t token) {
+void direct_rows(const Matmul& m) {
     for (int64_t row = m.row_begin; row < m.row_end; row += kTileRows) {
         const int64_t num_rows = m.row_end - row < kTileRows ? m.row_end - row : kTileRows;
-        direct_tile<Format, kTokens>(m.data + row * m.row_bytes, m.row_bytes, num_rows, m.x + token * m.cols, m.cols,
-                                     m.out + token * m.out_stride + row, m.out_stride);
+        direct_tile<Format, kTokens>(m.data + row * m.row_bytes, m.row_bytes, num_rows, m.x, m.cols, m.out + row,
+                                     m.out_stride);
     }
 }
 
-template <typename Format>
+template <typename Format, int kTokens = 1>
 void direct(const Matmul& m) {
-    switch (m.num_tokens) {
-        case 1:
-            return direct_rows<Format, 1>(m, 0);
-        case 2:
-            return direct_rows<Format, 2>(m, 0);
-        case 3:
-            return direct_rows<Format, 3>(m, 0);
-        default:
-            return direct_rows<Format, 4>(m, 0);
-    }
+    if (m.num_tokens == kTokens)
+        direct_rows<Format, kTokens>(m);
+    else if constexpr (kTokens < kDirectTokens)
+        direct<Format, kTokens + 1>(m);
 }
 
 // Unpacks num_rows rows from `row` to tiles of kTileRows interleaved rows; the last tile's missing rows are zeros.
@@ -68,21 +62,12 @@ void unpack_panel(const Matmul& m, int64_t row, int64_t num_rows, float* panel) 
     }
 }
 
+template <int kTokens = 1>
 void run_panel_tile(int64_t num_tokens, const PanelTile& tile) {
-    switch (num_tokens) {
-        case 1:
-            return panel_tile<1>(tile);
-        case 2:
-            return panel_tile<2>(tile);
-        case 3:
-            return panel_tile<3>(tile);
-        case 4:
-            return panel_tile<4>(tile);
-        case 5:
-            return panel_tile<5>(tile);
-        default:
-            return panel_tile<6>(tile);
-    }
+    if (num_tokens == kTokens)
+        panel_tile<kTokens>(tile);
+    else if constexpr (kTokens < kPanelTokens)
+        run_panel_tile<kTokens + 1>(num_tokens, tile);
 }
 
 // Multiplies an unpacked panel with num_tokens <= kPanelTokens tokens: column blocks outside, so that the activations

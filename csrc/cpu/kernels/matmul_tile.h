@@ -17,17 +17,18 @@ constexpr int64_t kAheadBytes = 16384;
 template <int kTokens>
 inline __attribute__((always_inline)) void accumulate(F32 (&sums)[kTokens][kTileRows], const F32 (&weights)[kTileRows],
                                                       const F32 (&x)[kTokens]) {
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-#pragma GCC unroll 4
+    GEMMA2_FAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+        GEMMA2_FAST_UNROLL
         for (int r = 0; r < kTileRows; ++r) sums[t][r] = fma(weights[r], x[t], sums[t][r]);
+    }
 }
 
 // out[t * out_stride + r] for the first num_rows of the tile.
 template <int kTokens>
 inline __attribute__((always_inline)) void store_sums(const F32 (&sums)[kTokens][kTileRows], int64_t num_rows,
                                                       float* out, int64_t out_stride) {
-#pragma GCC unroll 8
+    GEMMA2_FAST_UNROLL
     for (int t = 0; t < kTokens; ++t) {
         float folded[kTileRows];
         reduce_add_four(sums[t][0], sums[t][1], sums[t][2], sums[t][3], folded);
@@ -61,16 +62,16 @@ void direct_tile(const std::byte* row, int64_t row_bytes, int64_t num_rows, cons
             constexpr int64_t kStepBytes =
                 kTileRows * Format::kBlockBytes * Format::kStepWeights / Format::kBlockWeights;
             constexpr int64_t kStepLines = kStepBytes < 64 ? 1 : (kStepBytes + 32) / 64;
-#pragma GCC unroll 16
+            GEMMA2_FAST_UNROLL
             for (int64_t line = 0; line < kStepLines; ++line)
                 __builtin_prefetch(ahead + line * kStepBytes / kStepLines, 0, 2);
             ahead += kStepBytes;
-#pragma GCC unroll 8
+            GEMMA2_FAST_UNROLL
             for (int64_t i = 0; i < Format::kStepWeights; i += kLanes) {
                 F32 weights[kTileRows], activations[kTokens];
-#pragma GCC unroll 4
+                GEMMA2_FAST_UNROLL
                 for (int r = 0; r < kTileRows; ++r) weights[r] = chunks[r].weights(step, i);
-#pragma GCC unroll 8
+                GEMMA2_FAST_UNROLL
                 for (int t = 0; t < kTokens; ++t) activations[t] = load(x + t * cols + col + i);
                 accumulate(sums, weights, activations);
             }
@@ -80,9 +81,9 @@ void direct_tile(const std::byte* row, int64_t row_bytes, int64_t num_rows, cons
     if constexpr (requires { Format::first_weights; })
         if (whole < cols) {
             F32 weights[kTileRows], activations[kTokens];
-#pragma GCC unroll 4
+            GEMMA2_FAST_UNROLL
             for (int r = 0; r < kTileRows; ++r) weights[r] = Format::first_weights(blocks[r], cols - whole);
-#pragma GCC unroll 8
+            GEMMA2_FAST_UNROLL
             for (int t = 0; t < kTokens; ++t) activations[t] = load_first(x + t * cols + whole, cols - whole);
             accumulate(sums, weights, activations);
         }
@@ -107,15 +108,17 @@ template <int kTokens>
 void panel_tile(const PanelTile& tile) {
     F32 sums[kTokens][kTileRows];
     if (tile.first) {
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t)
-#pragma GCC unroll 4
+        GEMMA2_FAST_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+            GEMMA2_FAST_UNROLL
             for (int r = 0; r < kTileRows; ++r) sums[t][r] = broadcast(0);
+        }
     } else {
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t)
-#pragma GCC unroll 4
+        GEMMA2_FAST_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+            GEMMA2_FAST_UNROLL
             for (int r = 0; r < kTileRows; ++r) sums[t][r] = load(tile.partial + (t * kTileRows + r) * kLanes);
+        }
     }
 
     const float *panel = tile.panel, *x = tile.x;
@@ -123,21 +126,21 @@ void panel_tile(const PanelTile& tile) {
     const int64_t x_stride = tile.x_stride;
     for (; x < x_end; x += kLanes, panel += kTileRows * kLanes) {
         F32 weights[kTileRows];
-#pragma GCC unroll 4
+        GEMMA2_FAST_UNROLL
         for (int r = 0; r < kTileRows; ++r) weights[r] = load(panel + r * kLanes);
-#pragma GCC unroll 8
+        GEMMA2_FAST_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             F32 activation = load(x + t * x_stride);
             asm("" : "+v"(activation.v));  // gcc 12 would load it again for every row: 65 % of the peak instead of 75 %
-#pragma GCC unroll 4
+            GEMMA2_FAST_UNROLL
             for (int r = 0; r < kTileRows; ++r) sums[t][r] = fma(weights[r], activation, sums[t][r]);
         }
     }
     if (const int64_t rest = tile.cols % kLanes; rest > 0) {
         F32 weights[kTileRows], activations[kTokens];
-#pragma GCC unroll 4
+        GEMMA2_FAST_UNROLL
         for (int r = 0; r < kTileRows; ++r) weights[r] = load(panel + r * kLanes);
-#pragma GCC unroll 8
+        GEMMA2_FAST_UNROLL
         for (int t = 0; t < kTokens; ++t) activations[t] = load_first(x + t * x_stride, rest);
         accumulate(sums, weights, activations);
     }
@@ -146,10 +149,11 @@ void panel_tile(const PanelTile& tile) {
         store_sums(sums, tile.num_rows, tile.out, tile.out_stride);
         return;
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-#pragma GCC unroll 4
+    GEMMA2_FAST_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+        GEMMA2_FAST_UNROLL
         for (int r = 0; r < kTileRows; ++r) store(tile.partial + (t * kTileRows + r) * kLanes, sums[t][r]);
+    }
 }
 
 }  // namespace

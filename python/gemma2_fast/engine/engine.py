@@ -94,6 +94,8 @@ def _core_layer(layer: LayerSpec) -> _core.LayerSpec:
     attention = layer.mixer
     if not isinstance(attention, AttentionSpec):
         raise BackendError("the CPU backend has no recurrent layers yet; use a Gemma 1, 2 or 3 model")
+    if attention.output_bias or layer.mlp.bias:
+        raise BackendError("the CPU backend has no biases yet; use a Gemma 1, 2 or 3 model")
     mixer = _core.AttentionSpec(
         num_query_heads=attention.num_query_heads,
         num_kv_heads=attention.num_kv_heads,

@@ -14,8 +14,8 @@ from gemma2_fast.errors import BackendError, CapacityError, RequestError
 from gemma2_fast.spec import ModelSpec, RecurrentSpec
 
 DEFAULT_STEP_TOKENS = 512
-# Rows of [L, V] float32 logits a step may yield; bounds what prompt logprobs hold at once.
-LOGITS_ROWS = 32
+# Rows of [L, V] float32 logits a step may yield; bounds what prompt logprobs and large batches hold at once.
+LOGITS_ROWS, MAX_LOGITS_ROWS = 32, 128
 # Share of the free memory that a cache of unstated size may take.
 FREE_MEMORY_SHARE = 0.5
 
@@ -50,7 +50,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
                 raise RequestError(f"{name} must be a positive whole number, got {value!r}")
-        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < 2**20:
+        number = isinstance(self.kv_cache_gib, int | float) and not isinstance(self.kv_cache_gib, bool)
+        if self.kv_cache_gib is not None and not (number and 0 < self.kv_cache_gib < 2**20):
             raise RequestError(f"kv_cache_gib must be a positive number, got {self.kv_cache_gib!r}")
 
     @classmethod
@@ -85,8 +86,6 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     if backend == "auto":
         backend = "cpu"
         log.info("backend: cpu (this build has no other)")
-    if any(isinstance(layer.mixer, RecurrentSpec) for layer in spec.layers):
-        raise BackendError(f"{spec.family} has recurrent layers, which no backend can run yet")
     if backend == "reference" and find_spec("torch") is None:
         raise BackendError('backend="reference" needs PyTorch: pip install "gemma2-fast[torch]"')
 
@@ -113,8 +112,15 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
         instruction_set=_core.choose_instruction_set(options.instruction_set),
         num_threads=options.num_threads or len(os.sched_getaffinity(0)),
         cache=cache,
-        max_logits_rows=max(LOGITS_ROWS, options.max_batch_size),
+        max_logits_rows=min(max(LOGITS_ROWS, options.max_batch_size), MAX_LOGITS_ROWS),
     )
+
+
+def why_not_runnable(spec: ModelSpec) -> str | None:
+    """Why no backend can run the model, if so."""
+    if any(isinstance(layer.mixer, RecurrentSpec) for layer in spec.layers):
+        return f"{spec.family} has recurrent layers, which no backend can run yet"
+    return None
 
 
 def _plan_cache(
@@ -161,15 +167,18 @@ def free_memory_bytes() -> int:
             limit = file.read().strip()
         with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
             used = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
+            # Cached files, mapped weights among them, count as used but can be dropped.
+            used -= sum(int(line.split()[1]) for line in file if line.startswith(("active_file ", "inactive_file ")))
     except OSError:
         return available
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
-def _choice(name: str, value: Any, known: tuple[Any, ...], reasons: dict[Any, str]) -> None:
+def _choice(name: str, value: Any, known: tuple[Any, ...], reasons: dict[str, str]) -> None:
     if value in known:
         return
-    if value in reasons:
+    if isinstance(value, str) and value in reasons:
         raise BackendError(f"{name}={value!r}: {reasons[value]}")
     listed = ", ".join(repr(item) for item in (*known, *reasons))
     raise RequestError(f"{name} must be one of {listed}, got {value!r}")

@@ -19,6 +19,9 @@ Config = Mapping[str, Any]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+MAX_LAYERS = 1024
+SMALLEST, LARGEST = 1e-30, 1e30  # beyond any use, and neither zero nor infinite as a float32
+
 # Gemma 3's multimodal files leave these out of text_config (the class defaults of transformers' Gemma3TextConfig).
 GEMMA3_TEXT_DEFAULTS: Config = {
     "vocab_size": 262208,
@@ -101,11 +104,17 @@ def spec_from_gguf(metadata: Mapping[str, Any], vocab_size: int) -> ModelSpec:
         for name, key in GGUF_KEYS.items()
         if f"{architecture}.{key}" in metadata
     }
+    for name, value in stated.items():
+        if not isinstance(value, int | float):
+            raise ConfigError(f"GGUF: {architecture}.{GGUF_KEYS[name]} must be a number, got {type(value).__name__}")
+    head_dim, value_dim = (metadata.get(f"{architecture}.attention.{key}_length") for key in ("key", "value"))
+    if value_dim is not None and value_dim != head_dim:
+        raise ConfigError(f"GGUF: attention.value_length ({value_dim}) differs from attention.key_length ({head_dim})")
     supplied = {name: value for name, value in GGUF_DEFAULTS[architecture].items() if name not in stated}
     config: dict[str, Any] = {**stated, **supplied, "vocab_size": vocab_size, "hidden_act": "gelu_pytorch_tanh"}
 
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
+    if not isinstance(scaling, str) or scaling not in ("none", "linear"):
         raise ConfigError(f"GGUF: {architecture}.rope.scaling.type {scaling!r} is not supported; known: none, linear")
     if scaling == "linear":
         factor_key = f"{architecture}.rope.scaling.factor"
@@ -113,7 +122,7 @@ def spec_from_gguf(metadata: Mapping[str, Any], vocab_size: int) -> ModelSpec:
             raise ConfigError(f"GGUF: {factor_key} is missing, though {architecture}.rope.scaling.type is linear")
         config["rope_scaling"] = {"rope_type": "linear", "factor": metadata[factor_key]}
     if architecture != "gemma":
-        if (architecture, config.get("num_hidden_layers")) in GGUF_WIDTH_SCALED_LAYERS:
+        if (architecture, _num_layers(config)) in GGUF_WIDTH_SCALED_LAYERS:
             supplied["query_pre_attn_scalar"] = _count(config, "hidden_size") / _count(config, "num_attention_heads")
         else:
             supplied["query_pre_attn_scalar"] = _count(config, "head_dim")
@@ -126,7 +135,7 @@ def _gemma(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
     rope = _rope(config, config.get("rope_parameters"), "rope_theta")
     head_dim = _count(config, "head_dim")
     layer = _layer(config, rope, head_dim**-0.5, None, None, qk_norm=False, post_norms=False)
-    return _model("gemma", config, (layer,) * _count(config, "num_hidden_layers"), None, assumed)
+    return _model("gemma", config, (layer,) * _num_layers(config), None, assumed)
 
 
 def _gemma2(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
@@ -143,10 +152,11 @@ def _gemma2(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
 def _gemma3(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
     parameters = config.get("rope_parameters")
     if parameters is not None:
-        for kind in (SLIDING, FULL):
-            if not isinstance(parameters.get(kind), Mapping):
+        keys = {SLIDING: "rope_local_base_freq", FULL: "rope_theta"}
+        for kind in keys:
+            if not isinstance(parameters, Mapping) or not isinstance(parameters.get(kind), Mapping):
                 raise ConfigError(f"config.json: rope_parameters has no entry {kind!r}")
-        ropes = {kind: _rope(config, parameters[kind], None) for kind in (SLIDING, FULL)}
+        ropes = {kind: _rope(config, parameters[kind], key) for kind, key in keys.items()}
     else:
         local = {"rope_theta": _number(config, "rope_local_base_freq")}
         ropes = {SLIDING: _rope(config, local, None), FULL: _rope(config, None, "rope_theta")}
@@ -155,10 +165,15 @@ def _gemma3(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
     if config.get("use_bidirectional_attention"):
         raise ConfigError("config.json: use_bidirectional_attention is true, but only causal models are supported")
 
-    period = None
-    if "layer_types" not in config:
-        key = "sliding_window_pattern" if "sliding_window_pattern" in config else "_sliding_window_pattern"
-        period = _count(config, key)
+    spellings = [key for key in ("sliding_window_pattern", "_sliding_window_pattern") if key in config]
+    periods = {
+        _count(config, key)
+        for key in spellings or ["sliding_window_pattern"]
+        if spellings or "layer_types" not in config
+    }
+    if len(periods) > 1:
+        raise ConfigError(f"config.json: {' and '.join(spellings)} contradict each other: {sorted(periods)}")
+    period = next(iter(periods), None)
     layers = tuple(
         _layer(
             config, ropes[kind], scale, cap, _window(config) if kind == SLIDING else None, qk_norm=True, post_norms=True
@@ -190,12 +205,12 @@ def _recurrent_gemma(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
     mixers: dict[str, AttentionSpec | RecurrentSpec] = {"recurrent": recurrent, "attention": attention}
     key = "block_types" if "block_types" in config else "_block_types"
     pattern = config.get(key)
-    if not isinstance(pattern, list) or not pattern or any(kind not in mixers for kind in pattern):
+    if not isinstance(pattern, list) or not pattern or any(str(kind) not in mixers for kind in pattern):
         raise ConfigError(f"config.json: {key} must be a list of 'recurrent' and 'attention', got {pattern!r}")
     norms = NormPlacement(after_mixer=False, after_mlp=False)
     layers = tuple(
         LayerSpec(mixers[pattern[index % len(pattern)]], MlpSpec(mlp_width // 2, bias=True), norms)
-        for index in range(_count(config, "num_hidden_layers"))
+        for index in range(_num_layers(config))
     )
     spec_config = {"max_position_embeddings": 8192, **config}
     if "max_position_embeddings" not in config:
@@ -277,7 +292,7 @@ def _layer(
 
 def _layer_kinds(config: Config, period: int | None) -> list[str]:
     """Sliding or full for every layer: stated, or every `period`-th layer full."""
-    num_layers = _count(config, "num_hidden_layers")
+    num_layers = _num_layers(config)
     kinds = config.get("layer_types")
     if kinds is None:
         if period is None:
@@ -288,6 +303,13 @@ def _layer_kinds(config: Config, period: int | None) -> list[str]:
     if len(kinds) != num_layers:
         raise ConfigError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
     return kinds
+
+
+def _num_layers(config: Config) -> int:
+    count = _count(config, "num_hidden_layers")
+    if count > MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers must be at most {MAX_LAYERS}, got {count}")
+    return count
 
 
 def _rope(config: Config, parameters: Any, theta_key: str | None, rotated: float = 1.0) -> RopeSpec:
@@ -327,8 +349,8 @@ def _number(config: Config, key: str) -> float:
     if key not in config:
         raise ConfigError(f"the configuration has no {key}")
     value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{key} must be a positive finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= LARGEST:
+        raise ConfigError(f"{key} must be a positive finite number, got {value!r:.100}")
     return float(value)
 
 

@@ -86,8 +86,9 @@ def _load_directory(directory: Path) -> Checkpoint:
         if not name.startswith(HF_IGNORED) and not name.endswith(HF_IGNORED_SUFFIX):
             weights[name] = tensor
     check_weights(spec, weights, str(directory))
-    eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
-    return Checkpoint(directory, spec, weights, generation_config, _eos_ids(eos), None)
+    eos = generation_config.get("eos_token_id")
+    eos_ids = _eos_ids(config.get("eos_token_id") if eos is None else eos, spec.vocab_size, directory)
+    return Checkpoint(directory, spec, weights, generation_config, eos_ids, None)
 
 
 def _load_gguf(path: Path) -> Checkpoint:
@@ -109,7 +110,7 @@ def _load_gguf(path: Path) -> Checkpoint:
             weights[name] = Tensor.from_float32(weights[name].to_float32() - np.float32(1))
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     eos = [file.metadata[key] for key in keys if key in file.metadata]
-    return Checkpoint(path, spec, weights, {}, _eos_ids(eos), file.metadata)
+    return Checkpoint(path, spec, weights, {}, _eos_ids(eos, spec.vocab_size, path), file.metadata)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,9 +133,9 @@ def _check_tied(source: str, name: str, output: Tensor, embedding: Tensor) -> No
         )
 
 
-def _eos_ids(value: Any) -> tuple[int, ...]:
+def _eos_ids(value: Any, vocab_size: int, source: Path) -> tuple[int, ...]:
     """`eos_token_id` may be absent, one id or a list."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in ids):
-        raise ConfigError(f"eos_token_id must be an id or a list of ids, got {value!r}")
+    if any(isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab_size for item in ids):
+        raise ConfigError(f"{source}: eos_token_id must be an id below {vocab_size} or a list of them, got {value!r}")
     return tuple(dict.fromkeys(ids))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from tqdm import tqdm
-
 from gemma2_fast.weights.tensor import Tensor
 
 CHUNK_BYTES = 16 * 2**20
@@ -15,6 +13,8 @@ PAGE_BYTES = 4096
 
 def prefault(weights: Mapping[str, Tensor], progress: bool) -> None:
     """Touch every page once, so that the disk is read in order and in sight."""
+    from tqdm import tqdm  # costs a tenth of the package's import time
+
     total = sum(tensor.num_bytes for tensor in weights.values())
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=0.5, disable=hidden) as bar:
