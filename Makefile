@@ -100,7 +100,7 @@ check: $(DONE)/package $(DONE)/test
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.h')
 	rm -rf build/mypy && mkdir -p build/mypy/gemma2_fast
-	ln -s $(CURDIR)/python/gemma2_fast/* $(CURDIR)/bench build/mypy/gemma2_fast
+	ln -sfn $(CURDIR)/python/gemma2_fast/* $(CURDIR)/bench build/mypy/gemma2_fast
 	MYPYPATH=build/mypy $(PY) -m mypy -p gemma2_fast
 	$(call say,'Fast tests')
 	$(PY) -m pytest -m 'not slow'

@@ -107,7 +107,8 @@ def _load_gguf(path: Path) -> Checkpoint:
     check_weights(spec, weights, str(path))
     for name in weights:
         if is_norm(name):
-            weights[name] = Tensor.from_float32(weights[name].to_float32() - np.float32(1))
+            with np.errstate(invalid="ignore"):  # a NaN in the file is for the step that meets it to report
+                weights[name] = Tensor.from_float32(weights[name].to_float32() - np.float32(1))
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     eos = [file.metadata[key] for key in keys if key in file.metadata]
     return Checkpoint(path, spec, weights, {}, _eos_ids(eos, spec.vocab_size, path), file.metadata)
