@@ -17,8 +17,7 @@ class AlignedBuffer {
     AlignedBuffer() = default;
     explicit AlignedBuffer(std::size_t count) : size_(count) {
         if (count > SIZE_MAX / sizeof(T)) throw std::bad_array_new_length();
-        if (count > 0)
-            data_ = static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kAlignmentBytes}));
+        if (count > 0) data_ = static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kAlignmentBytes}));
     }
     ~AlignedBuffer() { ::operator delete(data_, std::align_val_t{kAlignmentBytes}); }
     AlignedBuffer(AlignedBuffer&& other) noexcept

@@ -31,8 +31,8 @@ WeightView view_of(const std::string& name, py::handle tensor) try {
     view.data = reinterpret_cast<const std::byte*>(data.data());
     if (view.cols % format.block_weights != 0 || data.nbytes() / view.rows != view.row_bytes() ||
         data.nbytes() % view.rows != 0)
-        throw Error("weights: " + name + " has " + std::to_string(data.nbytes()) + " bytes, which is not its shape as " +
-                    format_name);
+        throw Error("weights: " + name + " has " + std::to_string(data.nbytes()) +
+                    " bytes, which is not its shape as " + format_name);
     return view;
 } catch (const py::cast_error&) {
     throw Error("weights: " + name + " must be (format name, shape, uint8 array)");
@@ -66,11 +66,12 @@ void bind_model(py::module_& module) {
         .def(py::init([](int64_t num_query_heads, int64_t num_kv_heads, int64_t head_dim, float query_scale,
                          std::optional<float> score_softcap, std::optional<int64_t> window_keys, bool qk_norm,
                          std::vector<float> inverse_frequencies) {
-                 return AttentionSpec{num_query_heads, num_kv_heads,  head_dim, query_scale,
-                                      score_softcap,   window_keys, qk_norm,  {std::move(inverse_frequencies)}};
+                 return AttentionSpec{num_query_heads, num_kv_heads, head_dim, query_scale,
+                                      score_softcap,   window_keys,  qk_norm,  {std::move(inverse_frequencies)}};
              }),
-             py::kw_only(), py::arg("num_query_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("query_scale"),
-             py::arg("score_softcap"), py::arg("window_keys"), py::arg("qk_norm"), py::arg("inverse_frequencies"));
+             py::kw_only(), py::arg("num_query_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+             py::arg("query_scale"), py::arg("score_softcap"), py::arg("window_keys"), py::arg("qk_norm"),
+             py::arg("inverse_frequencies"));
     py::class_<RecurrentSpec>(module, "RecurrentSpec")
         .def(py::init([](int64_t width, int64_t num_gate_blocks, int64_t conv_width) {
                  return RecurrentSpec{width, num_gate_blocks, conv_width};
@@ -78,18 +79,23 @@ void bind_model(py::module_& module) {
              py::kw_only(), py::arg("width"), py::arg("num_gate_blocks"), py::arg("conv_width"));
     py::class_<LayerSpec>(module, "LayerSpec")
         .def(py::init([](std::variant<AttentionSpec, RecurrentSpec> mixer, int64_t mlp_width, bool norm_after_mixer,
-                         bool norm_after_mlp) { return LayerSpec{std::move(mixer), mlp_width, norm_after_mixer, norm_after_mlp}; }),
-             py::kw_only(), py::arg("mixer"), py::arg("mlp_width"), py::arg("norm_after_mixer"), py::arg("norm_after_mlp"));
+                         bool norm_after_mlp) {
+                 return LayerSpec{std::move(mixer), mlp_width, norm_after_mixer, norm_after_mlp};
+             }),
+             py::kw_only(), py::arg("mixer"), py::arg("mlp_width"), py::arg("norm_after_mixer"),
+             py::arg("norm_after_mlp"));
     py::class_<ModelSpec>(module, "ModelSpec")
         .def(py::init([](int64_t model_width, int64_t vocab_size, float embedding_scale, float norm_epsilon,
                          std::optional<float> final_softcap, std::vector<LayerSpec> layers) {
-                 return ModelSpec{model_width, vocab_size, embedding_scale, norm_epsilon, final_softcap, std::move(layers)};
+                 return ModelSpec{model_width,  vocab_size,    embedding_scale,
+                                  norm_epsilon, final_softcap, std::move(layers)};
              }),
-             py::kw_only(), py::arg("model_width"), py::arg("vocab_size"), py::arg("embedding_scale"), py::arg("norm_epsilon"),
-             py::arg("final_softcap"), py::arg("layers"));
+             py::kw_only(), py::arg("model_width"), py::arg("vocab_size"), py::arg("embedding_scale"),
+             py::arg("norm_epsilon"), py::arg("final_softcap"), py::arg("layers"));
     py::class_<CpuStep, ModelStep, std::shared_ptr<CpuStep>>(module, "CpuStep")
-        .def(py::init([](const ModelSpec& spec, const py::dict& weights, const CachePlan& plan, const std::string& kv_dtype,
-                         const std::string& instruction_set, int num_threads, int64_t max_step_tokens, int64_t max_logits_rows) {
+        .def(py::init([](const ModelSpec& spec, const py::dict& weights, const CachePlan& plan,
+                         const std::string& kv_dtype, const std::string& instruction_set, int num_threads,
+                         int64_t max_step_tokens, int64_t max_logits_rows) {
                  CpuStep::Options options{.kv_type = kv_type_from_name(kv_dtype),
                                           .instruction_set = choose_instruction_set(instruction_set),
                                           .num_threads = num_threads,
@@ -97,8 +103,8 @@ void bind_model(py::module_& module) {
                                           .max_logits_rows = max_logits_rows};
                  return std::make_shared<CpuStep>(spec, weights_from_dict(weights), plan, options);
              }),
-             py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("plan"), py::arg("kv_dtype"), py::arg("instruction_set"),
-             py::arg("num_threads"), py::arg("max_step_tokens"), py::arg("max_logits_rows"))
+             py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("plan"), py::arg("kv_dtype"),
+             py::arg("instruction_set"), py::arg("num_threads"), py::arg("max_step_tokens"), py::arg("max_logits_rows"))
         .def("poison_cache", &CpuStep::poison_cache, "Fills every cache page with NaN, for tests.");
 }
 

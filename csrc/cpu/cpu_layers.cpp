@@ -33,8 +33,8 @@ void check_attention(const AttentionSpec& spec, const std::string& layer) {
             "the score soft cap must be positive and finite");
 }
 
-CpuAttention load_attention(const AttentionSpec& spec, const ModelWeights& weights, const std::string& prefix, int64_t width,
-                            const Kernels& kernels) {
+CpuAttention load_attention(const AttentionSpec& spec, const ModelWeights& weights, const std::string& prefix,
+                            int64_t width, const Kernels& kernels) {
     CpuAttention attention;
     attention.spec = spec;
     int64_t query_width = spec.num_query_heads * spec.head_dim, kv_width = spec.num_kv_heads * spec.head_dim;
@@ -69,7 +69,8 @@ void join_cache_group(CpuAttention& attention, int32_t layer_index, const CacheP
 
 }  // namespace
 
-CpuModel::CpuModel(const ModelSpec& model_spec, ModelWeights model_weights, const CachePlan& plan, const Kernels& kernels)
+CpuModel::CpuModel(const ModelSpec& model_spec, ModelWeights model_weights, const CachePlan& plan,
+                   const Kernels& kernels)
     : spec(model_spec), weights(std::move(model_weights)) {
     int64_t width = spec.model_width;
     embedding = weights.at("embedding", spec.vocab_size, width);

@@ -39,7 +39,8 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
     if (options.max_step_tokens < 1 || options.max_step_tokens > kMost || options.max_logits_rows < 1 ||
         options.max_logits_rows > kMost)
         throw CapacityError("max_step_tokens and max_logits_rows must lie between 1 and 2^31 - 1, got " +
-                            std::to_string(options.max_step_tokens) + " and " + std::to_string(options.max_logits_rows));
+                            std::to_string(options.max_step_tokens) + " and " +
+                            std::to_string(options.max_logits_rows));
     int64_t query_width = 0, kv_width = 0, mlp_width = 0, kv_heads = 0;
     scratch_floats_ = kernels_.matmul_scratch_floats(spec.model_width);
     for (const CpuLayer& layer : model_.layers) {
@@ -58,8 +59,11 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
 
     try {
         for (const PagedKvGroup& group : plan.paged)
-            cache_.emplace_back(group.layers.size() * static_cast<std::size_t>(group.num_blocks * page_bytes(group, options.kv_type)));
-        auto rows = [&](int64_t count, int64_t width) { return AlignedBuffer<float>(static_cast<std::size_t>(count * width)); };
+            cache_.emplace_back(group.layers.size() *
+                                static_cast<std::size_t>(group.num_blocks * page_bytes(group, options.kv_type)));
+        auto rows = [&](int64_t count, int64_t width) {
+            return AlignedBuffer<float>(static_cast<std::size_t>(count * width));
+        };
         int64_t tokens = options.max_step_tokens;
         residual_ = rows(tokens, spec.model_width);
         normed_ = rows(std::max(tokens, options.max_logits_rows), spec.model_width);
@@ -77,8 +81,9 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
         scratch_ = rows(threads_.num_threads(), scratch_floats_);
         tasks_.reserve(static_cast<std::size_t>(tokens * kv_heads));
     } catch (const std::bad_alloc&) {
-        throw CapacityError("not enough memory for the cache and one step's activations; lower max_seq_len, max_batch_size or "
-                            "kv_cache_gib");
+        throw CapacityError(
+            "not enough memory for the cache and one step's activations; lower max_seq_len, max_batch_size or "
+            "kv_cache_gib");
     }
 }
 
@@ -110,10 +115,11 @@ void CpuStep::check(const StepBatch& batch, std::span<float> logits) const {
                     std::to_string(batch.num_logits() * vocab_size));
     for (int32_t token : batch.token_ids)
         if (token < 0 || token >= vocab_size)
-            throw Error("token id " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(vocab_size));
+            throw Error("token id " + std::to_string(token) + " is outside the vocabulary of " +
+                        std::to_string(vocab_size));
     if (batch.block_table.size() != plan_.paged.size())
-        throw Error("the batch has block tables of " + std::to_string(batch.block_table.size()) + " groups, the cache " +
-                    std::to_string(plan_.paged.size()));
+        throw Error("the batch has block tables of " + std::to_string(batch.block_table.size()) +
+                    " groups, the cache " + std::to_string(plan_.paged.size()));
     for (std::size_t group = 0; group < plan_.paged.size(); ++group) check_blocks(batch, group);
 }
 
@@ -204,7 +210,8 @@ void CpuStep::rotate_and_store(const CpuAttention& attention, const StepBatch& b
             const float* sin = sin_[attention.rope_index].data() + t * pairs;
             if (attention.query_gain) {
                 float epsilon = model_.spec.norm_epsilon;
-                kernels_.rms_norm(query, attention.query_gain->data(), epsilon, spec.num_query_heads, spec.head_dim, query);
+                kernels_.rms_norm(query, attention.query_gain->data(), epsilon, spec.num_query_heads, spec.head_dim,
+                                  query);
                 kernels_.rms_norm(key, attention.key_gain->data(), epsilon, spec.num_kv_heads, spec.head_dim, key);
             }
             kernels_.rope(query, cos, sin, 1, spec.num_query_heads, spec.head_dim, pairs);
@@ -254,8 +261,8 @@ void CpuStep::project_logits(const StepBatch& batch, std::span<float> logits) {
     int64_t width = model_.spec.model_width, num_rows = batch.num_logits();
     if (num_rows == 0) return;
     for (int64_t row = 0; row < num_rows; ++row)
-        kernels_.rms_norm(residual_.data() + batch.logits_token[row] * width, model_.final_gain.data(), model_.spec.norm_epsilon, 1,
-                          width, normed_.data() + row * width);
+        kernels_.rms_norm(residual_.data() + batch.logits_token[row] * width, model_.final_gain.data(),
+                          model_.spec.norm_epsilon, 1, width, normed_.data() + row * width);
     matmul(normed_.data(), num_rows, {{model_.embedding, logits.data()}});
     if (!model_.spec.final_softcap) return;
     int64_t count = static_cast<int64_t>(logits.size());
@@ -313,7 +320,8 @@ KvPages CpuStep::pages(const CpuAttention& attention) {
     const PagedKvGroup& group = plan_.paged[attention.group_index];
     int64_t layer_bytes = group.num_blocks * page_bytes(group, options_.kv_type);
     std::byte* data = cache_[attention.group_index].data();
-    return {data + static_cast<int64_t>(attention.group_layer) * layer_bytes, options_.kv_type, group.num_kv_heads, group.head_dim};
+    return {data + static_cast<int64_t>(attention.group_layer) * layer_bytes, options_.kv_type, group.num_kv_heads,
+            group.head_dim};
 }
 
 }  // namespace gemma2_fast

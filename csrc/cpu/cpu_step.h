@@ -51,7 +51,7 @@ class CpuStep final : public ModelStep {
     // One parallel region over the rows of all jobs, which share the input x [num_tokens, cols].
     void matmul(const float* x, int64_t num_tokens, std::initializer_list<MatmulJob> jobs);
     void add_branch(const std::optional<Gain>& gain, int64_t num_tokens);  // residual_ += norm(branch_)
-    void normalize(const Gain& gain, int64_t num_tokens);                 // normed_ = norm(residual_)
+    void normalize(const Gain& gain, int64_t num_tokens);                  // normed_ = norm(residual_)
     void for_tokens(int64_t num_tokens, FunctionRef<void(int64_t first, int64_t count)> body);
     KvPages pages(const CpuAttention& attention);
     float* scratch(int thread_index) { return scratch_.data() + thread_index * scratch_floats_; }

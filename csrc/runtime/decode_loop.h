@@ -54,8 +54,8 @@ class DecodeLoop {
     void forget(int64_t sequence_id);
     std::vector<TokenEvent> wait(int64_t sequence_id, std::chrono::nanoseconds timeout);
     LoopStats stats() const;
-    // Ends every sequence with kCancelled, joins the thread and lets go of the model step. Events can still be collected.
-    // Throws BackendError on the loop's own thread, which cannot wait for itself.
+    // Ends every sequence with kCancelled, joins the thread and lets go of the model step. Events can still be
+    // collected. Throws BackendError on the loop's own thread, which cannot wait for itself.
     void close();
     bool on_own_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
 

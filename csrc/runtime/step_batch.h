@@ -10,10 +10,10 @@ inline constexpr int32_t kNoBlock = -1;  // fills block-table entries that no vi
 
 // One step's work: S sequences with T new tokens in all, flat. Same fields as gemma2_fast.engine.step_batch.
 struct StepBatch {
-    std::vector<int32_t> token_ids;       // [T]
-    std::vector<int32_t> positions;       // [T], consecutive within a sequence, from context_tokens[s]
-    std::vector<int32_t> first_token;     // [S + 1], offsets of each sequence's tokens in token_ids
-    std::vector<int32_t> context_tokens;  // [S], tokens of the sequence already in the cache
+    std::vector<int32_t> token_ids;                 // [T]
+    std::vector<int32_t> positions;                 // [T], consecutive within a sequence, from context_tokens[s]
+    std::vector<int32_t> first_token;               // [S + 1], offsets of each sequence's tokens in token_ids
+    std::vector<int32_t> context_tokens;            // [S], tokens of the sequence already in the cache
     std::vector<std::vector<int32_t>> block_table;  // per paged group: [S, table_width]
     std::vector<int32_t> state_slot;                // [S], or empty when the model has no recurrent state
     std::vector<int32_t> logits_token;              // [L], ascending indices into token_ids whose logits are wanted

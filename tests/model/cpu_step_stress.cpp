@@ -1,5 +1,5 @@
-// Eight concurrent streams over the CPU step of a small model, with threads of its own: every stream's tokens must equal
-// those it has alone. A plain program so that it runs under ThreadSanitizer and AddressSanitizer without Python.
+// Eight concurrent streams over the CPU step of a small model, with threads of its own: every stream's tokens must
+// equal those it has alone. A plain program so that it runs under ThreadSanitizer and AddressSanitizer without Python.
 
 #include <chrono>
 #include <cmath>

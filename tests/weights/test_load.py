@@ -147,7 +147,9 @@ def test_recurrent_gemma_loads_and_says_that_it_cannot_run(tmp_path: Path) -> No
         Generator.from_pretrained(directory)
 
 
-@pytest.mark.parametrize(("stated", "expected"), [(1, (1,)), ([1, 107], (1, 107)), (None, (5,)), ([1, 1], (1,))], ids=str)
+@pytest.mark.parametrize(
+    ("stated", "expected"), [(1, (1,)), ([1, 107], (1, 107)), (None, (5,)), ([1, 1], (1,))], ids=str
+)
 def test_eos_ids_may_be_one_or_many(model: Any, stated: Any, expected: tuple[int, ...]) -> None:
     path, config, _, weights = model
     write_directory(path, {**config, "eos_token_id": 5}, weights)
