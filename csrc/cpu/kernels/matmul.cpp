@@ -4,20 +4,20 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
-// Up to this many tokens rows are used as they are unpacked; for more they are unpacked once into a panel.
+// Up to this many tokens rows are used as they are unpacked; for more, a panel of rows and columns is unpacked once for
+// a block of tokens.
 constexpr int64_t kDirectTokens = kLanes == 16 ? 4 : 2;
 // Tokens of a panel tile at most: as many accumulators as the registers hold beside their operands.
 constexpr int64_t kPanelTokens = kLanes == 16 ? 6 : 2;
-// A panel is to stay in the second-level cache beside the activations that stream past it, and one tile's activations
-// over kPanelCols in the first-level cache.
-constexpr int64_t kPanelFloats = 128 * 1024, kPanelRows = 64, kPanelCols = 1024;
+// The activations of a tile over kPanelCols stay in a first-level cache, the panel and the waiting accumulators of a
+// block of tokens in a second-level one of 1 MiB.
+constexpr int64_t kPanelRows = 64, kPanelCols = 1024, kBlockTokens = 120;
+// So few tokens' activations are in a cache since the first panel.
+constexpr int64_t kFewTokens = 64;
 
-constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-int64_t panel_rows(int64_t cols) {
-    const int64_t fitting = kPanelFloats / round_up(cols, kLanes) / kTileRows * kTileRows;
-    return fitting < kTileRows ? kTileRows : fitting > kPanelRows ? kPanelRows : fitting;
-}
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+constexpr int64_t round_up(int64_t value, int64_t unit) { return divide_up(value, unit) * unit; }
 
 struct Matmul {
     const std::byte* data;
@@ -34,7 +34,7 @@ struct Matmul {
 template <typename Format, int kTokens>
 void direct_rows(const Matmul& m) {
     for (int64_t row = m.row_begin; row < m.row_end; row += kTileRows) {
-        const int64_t num_rows = m.row_end - row < kTileRows ? m.row_end - row : kTileRows;
+        const int64_t num_rows = min(kTileRows, m.row_end - row);
         direct_tile<Format, kTokens>(m.data + row * m.row_bytes, m.row_bytes, num_rows, m.x, m.cols, m.out + row,
                                      m.out_stride);
     }
@@ -48,17 +48,29 @@ void direct(const Matmul& m) {
         direct<Format, kTokens + 1>(m);
 }
 
-// Unpacks num_rows rows from `row` to tiles of kTileRows interleaved rows; the last tile's missing rows are zeros.
+struct Range {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+};
+
+// The index-th of num_parts parts of nearly equal size: a small last part would waste what the others share.
+Range part_of(Range whole, int64_t index, int64_t num_parts) {
+    return {whole.begin + whole.size() * index / num_parts, whole.begin + whole.size() * (index + 1) / num_parts};
+}
+
+// Unpacks to tiles of kTileRows interleaved rows; the last tile's missing rows are zeros. Inlined, it would lose its
+// registers to the loops around it.
 template <typename Format>
-void unpack_panel(const Matmul& m, int64_t row, int64_t num_rows, float* panel) {
-    const int64_t tile_floats = round_up(m.cols, kLanes) * kTileRows;
-    for (int64_t r = 0; r < round_up(num_rows, kTileRows); ++r) {
+__attribute__((noinline)) void unpack_panel(const Matmul& m, Range rows, Range cols, float* panel) {
+    const int64_t tile_floats = round_up(cols.size(), kLanes) * kTileRows;
+    for (int64_t r = 0; r < round_up(rows.size(), kTileRows); ++r) {
         float* out = panel + r / kTileRows * tile_floats + r % kTileRows * kLanes;
         const auto put = [=](int64_t col, F32 weights) { store(out + col * kTileRows, weights); };
-        if (r < num_rows)
-            unpack_row<Format>(m.data + (row + r) * m.row_bytes, m.cols, put, put);
+        const std::byte* row = m.data + (rows.begin + r) * m.row_bytes;
+        if (r < rows.size())
+            unpack_row<Format>(row + cols.begin / Format::kBlockWeights * Format::kBlockBytes, cols.size(), put, put);
         else
-            for (int64_t col = 0; col < m.cols; col += kLanes) put(col, broadcast(0));
+            for (int64_t col = 0; col < cols.size(); col += kLanes) put(col, broadcast(0));
     }
 }
 
@@ -70,45 +82,63 @@ void run_panel_tile(int64_t num_tokens, const PanelTile& tile) {
         run_panel_tile<kTokens + 1>(num_tokens, tile);
 }
 
-// Multiplies an unpacked panel with num_tokens <= kPanelTokens tokens: column blocks outside, so that the activations
-// of a block are read from the first-level cache by every tile of rows.
-void multiply_panel(const Matmul& m, int64_t row, int64_t num_rows, int64_t token, int64_t num_tokens,
-                    const float* panel, float* partial) {
-    const int64_t tile_floats = round_up(m.cols, kLanes) * kTileRows;
-    for (int64_t col = 0; col < m.cols; col += kPanelCols)
-        for (int64_t r = 0; r < num_rows; r += kTileRows)
-            run_panel_tile(num_tokens, {.panel = panel + r / kTileRows * tile_floats + col * kTileRows,
-                                        .x = m.x + token * m.cols + col,
-                                        .x_stride = m.cols,
-                                        .cols = m.cols - col < kPanelCols ? m.cols - col : kPanelCols,
-                                        .partial = partial + r * kPanelTokens * kLanes,
-                                        .first = col == 0,
-                                        .last = m.cols - col <= kPanelCols,
-                                        .num_rows = num_rows - r < kTileRows ? num_rows - r : kTileRows,
-                                        .out = m.out + token * m.out_stride + row + r,
-                                        .out_stride = m.out_stride});
+// Fetches the index-th of num_parts parts of the activations [tokens, cols], which the next tiles will read.
+void prefetch_part(const Matmul& m, Range tokens, Range cols, int64_t index, int64_t num_parts) {
+    const Range part = part_of(cols, index, num_parts);
+    for (int64_t token = tokens.begin; token < tokens.end; ++token)
+        for (int64_t col = part.begin; col < part.end; col += 16) __builtin_prefetch(m.x + token * m.cols + col, 0, 2);
+}
+
+// Multiplies an unpacked panel with a block of tokens. Each tile of tokens meets every tile of rows in turn, so that
+// its activations are read from the first-level cache.
+void multiply_panel(const Matmul& m, Range rows, Range cols, Range tokens, const float* panel, float* partial) {
+    const int64_t num_token_tiles = divide_up(tokens.size(), kPanelTokens);
+    const int64_t num_row_tiles = divide_up(rows.size(), kTileRows);
+    Range next_tokens = part_of(tokens, 0, num_token_tiles);
+    for (int64_t i = 0; i < num_token_tiles; ++i) {
+        const Range tile_tokens = next_tokens;
+        next_tokens = part_of(tokens, i + 1, num_token_tiles);
+        const bool fetch = i + 1 < num_token_tiles && m.num_tokens > kFewTokens;
+        for (int64_t j = 0; j < num_row_tiles; ++j) {
+            if (fetch) prefetch_part(m, next_tokens, cols, j, num_row_tiles);
+            const int64_t row = rows.begin + j * kTileRows;
+            run_panel_tile(tile_tokens.size(),
+                           {.panel = panel + j * kTileRows * round_up(cols.size(), kLanes),
+                            .x = m.x + tile_tokens.begin * m.cols + cols.begin,
+                            .x_stride = m.cols,
+                            .cols = cols.size(),
+                            .partial = partial + (i * num_row_tiles + j) * kPanelTokens * kTileRows * kLanes,
+                            .first = cols.begin == 0,
+                            .last = cols.end == m.cols,
+                            .num_rows = min(kTileRows, rows.end - row),
+                            .out = m.out + tile_tokens.begin * m.out_stride + row,
+                            .out_stride = m.out_stride});
+        }
+    }
 }
 
 template <typename Format>
 void through_panels(const Matmul& m) {
-    const int64_t rows_at_once = panel_rows(m.cols);
-    float* partial = m.scratch + rows_at_once * round_up(m.cols, kLanes);
-    const int64_t num_token_tiles = (m.num_tokens + kPanelTokens - 1) / kPanelTokens;
-    for (int64_t row = m.row_begin; row < m.row_end; row += rows_at_once) {
-        const int64_t num_rows = m.row_end - row < rows_at_once ? m.row_end - row : rows_at_once;
-        unpack_panel<Format>(m, row, num_rows, m.scratch);
-        for (int64_t tile = 0; tile < num_token_tiles; ++tile) {  // of nearly equal size: a small one wastes operands
-            const int64_t token = m.num_tokens * tile / num_token_tiles;
-            const int64_t token_end = m.num_tokens * (tile + 1) / num_token_tiles;
-            multiply_panel(m, row, num_rows, token, token_end - token, m.scratch, partial);
-        }
+    float* partial = m.scratch + kPanelRows * kPanelCols;
+    // Without accumulators to keep, one block takes every token and the rows are unpacked once.
+    const int64_t num_blocks = m.cols <= kPanelCols ? 1 : divide_up(m.num_tokens, kBlockTokens);
+    for (int64_t row = m.row_begin; row < m.row_end; row += kPanelRows) {
+        const Range rows{row, min(row + kPanelRows, m.row_end)};
+        for (int64_t i = 0; i < num_blocks; ++i)
+            for (int64_t col = 0; col < m.cols; col += kPanelCols) {
+                const Range cols{col, min(col + kPanelCols, m.cols)};
+                unpack_panel<Format>(m, rows, cols, m.scratch);
+                multiply_panel(m, rows, cols, part_of({0, m.num_tokens}, i, num_blocks), m.scratch, partial);
+            }
     }
 }
 
 }  // namespace
 
 int64_t matmul_scratch_floats(int64_t cols) {
-    return panel_rows(cols) * (round_up(cols, kLanes) + kPanelTokens * kLanes);
+    const int64_t panel = kPanelRows * kPanelCols;
+    const int64_t tiles = (kBlockTokens / kPanelTokens) * (kPanelRows / kTileRows);
+    return cols <= kPanelCols ? panel : panel + tiles * kPanelTokens * kTileRows * kLanes;
 }
 
 void matmul(const WeightView& weight, int64_t row_begin, int64_t row_end, const float* x, int64_t num_tokens,
