@@ -154,7 +154,8 @@ class Generator:
     def tokenizer(self) -> Tokenizer:
         """TokenizerError, naming the files looked for, when the checkpoint has none."""
         if self._tokenizer is None:
-            looked_for = ", ".join(TOKENIZER_FILES)
+            in_gguf = self._checkpoint.gguf_metadata is not None
+            looked_for = "tokenizer.ggml.tokens" if in_gguf else ", ".join(TOKENIZER_FILES)
             raise TokenizerError(f"{self._checkpoint.path} has no tokenizer (looked for {looked_for}); give token ids")
         return self._tokenizer
 

@@ -80,14 +80,20 @@ def test_families_and_cache_types(family: str, kv_dtype: str) -> None:
         assert bits(gen, ids) == whole
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("format_name", ["F32", "BF16", "Q4_K"])
-def test_preempted_and_resumed(format_name: str) -> None:
+def test_preempted_and_resumed(format_name: str, instruction_set: str) -> None:
     """Eight requests over room for two: ids and log-probabilities equal those of each request alone."""
-    with start("gemma2", format_name) as gen:
+    with start("gemma2", format_name, instruction_set=instruction_set) as gen:
         roomy = [gen.generate(p, max_tokens=40, logprobs=3, temperature=1.0, seed=5) for p in prompts()]
         one_sequence = gen.plan.cache.num_bytes / gen.plan.cache.max_sequences
     with start(
-        "gemma2", format_name, max_step_tokens=48, kv_cache_gib=0.8 * one_sequence / 2**30, max_seq_len=200
+        "gemma2",
+        format_name,
+        max_step_tokens=48,
+        kv_cache_gib=0.8 * one_sequence / 2**30,
+        max_seq_len=200,
+        instruction_set=instruction_set,
     ) as gen:
         crowded = gen.generate(prompts(), max_tokens=40, logprobs=3, temperature=1.0, seed=5)
         assert gen.stats()["num_preemptions"] > 0

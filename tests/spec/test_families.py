@@ -126,6 +126,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}, "contradicts"),
     ({"rope_parameters": [1]}, "rope_parameters"),
     ({"rope_scaling": "linear"}, "rope_scaling"),
+    ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers"),
+    ({"hidden_size": 10**400}, "hidden_size"),
+    ({"attn_logit_softcapping": 1e-60}, "attn_logit_softcapping"),
+    ({"model_type": "gemma3_text", "rope_parameters": [1]}, "rope_parameters"),
     ({"model_type": "llama"}, "llama"),
     ({"model_type": None}, "model_type"),
 ]
@@ -203,3 +207,31 @@ def test_the_window_may_be_changed_and_nothing_else() -> None:
     assert [attention(spec, i).window_keys for i in range(4)] == [100, None, 100, None]
     with pytest.raises(ConfigError, match="no layer"):
         spec_from_config(gemma1(2, 64, 4, 1, 128)).with_window(100)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window_pattern": 6, "_sliding_window_pattern": 2},
+        {"rope_theta": 123.0},
+        {"rope_local_base_freq": 77.0},
+    ],
+)
+def test_gemma_3_spellings_that_contradict_each_other(change: dict[str, Any]) -> None:
+    config = gemma3(6, 64, 4, 2, 16, 128, 16, 40, 512)
+    config["rope_parameters"] = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+    }
+    spec_from_config(config)
+    with pytest.raises(ConfigError, match="contradict"):
+        spec_from_config({**config, **change})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("gemma2.block_count", [1, 2]), ("gemma2.rope.scaling.type", [1]), ("gemma2.attention.value_length", 64)],
+)
+def test_gguf_values_of_the_wrong_kind(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"block_count|scaling\.type|value_length"):
+        spec_from_gguf({**gguf_metadata("gemma2", 4, 64, 4), key: value}, 1000)

@@ -197,3 +197,29 @@ def test_bfloat16_and_half_precision_checkpoints(model: Any) -> None:
         assert np.array_equal(gen.logits(PROMPT), converted)
     with Generator.from_pretrained(path) as gen:
         assert gen.plan.cache.kv_dtype == "bfloat16"
+
+
+def test_paths_that_are_nearly_right(model: Any) -> None:
+    path, config, spec, weights = model
+    write_directory(path, config, weights)
+    with pytest.raises(FileFormatError, match=r"give the directory with config\.json"):
+        load_checkpoint(path / "model.safetensors")
+    (path / "config.json").unlink()
+    write_gguf(path / "model.gguf", "gemma2", spec, weights)
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*model\.gguf"):
+        load_checkpoint(path)
+
+
+def test_foreign_eos_id(model: Any) -> None:
+    path, config, _, weights = model
+    write_directory(path, {**config, "eos_token_id": 107000}, weights)
+    with pytest.raises(ConfigError, match="107000"):
+        load_checkpoint(path)
+
+
+def test_a_bad_generation_config_is_named_at_load(model: Any) -> None:
+    path, config, _, weights = model
+    write_directory(path, config, weights)
+    (path / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": "hot"}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json.*temperature"):
+        Generator.from_pretrained(path)

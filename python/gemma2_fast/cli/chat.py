@@ -72,10 +72,11 @@ class Conversation:
                 continue
             if line == "/exit":
                 return
-            if line.startswith("/"):
-                self._command(line)
-            elif line:
-                self._turn(line)
+            with suppress(KeyboardInterrupt):  # between the reply and the next prompt there is nothing left to stop
+                if line.startswith("/"):
+                    self._command(line)
+                elif line:
+                    self._turn(line)
 
     def _command(self, line: str) -> None:
         match line:

@@ -53,6 +53,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse gives up on `MODEL --option TEXT`: it has settled that there is no TEXT before it meets the option."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
+    if rest[:1] == ["--"] and len(rest) == 2 and getattr(args, "text", "") is None:
+        args.text, rest = rest[1], []
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "text", "") is None:
         args.text = rest.pop()
     if rest:

@@ -102,7 +102,7 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     if max_seq_len > spec.max_positions:
         raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
     step_tokens = options.max_step_tokens or DEFAULT_STEP_TOKENS
-    step_tokens = max(min(step_tokens, max_seq_len * options.max_batch_size), options.max_batch_size)
+    step_tokens = min(step_tokens, max_seq_len * options.max_batch_size)
     cache = _plan_cache(spec, options, kv_dtype, max_seq_len, step_tokens)
     return EnginePlan(
         spec=spec,

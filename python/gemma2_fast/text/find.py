@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from gemma2_fast.errors import ChatError, FileFormatError
 from gemma2_fast.text.pieces import SPACE, is_marker
 from gemma2_fast.text.sentencepiece_proto import AddedToken
 from gemma2_fast.text.tokenizer import Tokenizer
+from gemma2_fast.weights.strict_json import load_json_object
 
 # In the order of preference. sentencepiece is what the models were trained with; a published tokenizer.json lacks some
 # of its pieces, and loads ten times slower.
@@ -39,7 +39,10 @@ def find_chat_template(directory: Path | str) -> str | None:
     """The Jinja template of a checkpoint directory, from chat_template.jinja or else tokenizer_config.json."""
     path = Path(directory) / _TEMPLATE_FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"{path}: not UTF-8 at byte {error.start}") from None
     return _one_template(_read_config(Path(directory)).get("chat_template"), source=_CONFIG_FILE)
 
 
@@ -86,10 +89,4 @@ def _read_config(directory: Path) -> dict[str, object]:
     path = directory / _CONFIG_FILE
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FileFormatError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return load_json_object(path.read_bytes(), str(path))

@@ -22,14 +22,18 @@ _TYPES = "tokenizer.ggml.token_type"
 def model_from_gguf(metadata: Mapping[str, object]) -> bytes:
     """A serialised sentencepiece ModelProto, with every marker a control piece."""
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "llama":
+    if not isinstance(kind, str) or kind != "llama":
         raise TokenizerError(
             f"the GGUF metadata's tokenizer.ggml.model is {kind!r}, expected 'llama', the sentencepiece vocabulary of "
             "Gemma files; convert the model again with its tokenizer.model beside it"
         )
     texts = [text if isinstance(text, str) else _text(text) for text in _array(metadata, _TOKENS)]
-    scores = np.asarray(_array(metadata, _SCORES), dtype=np.float64).tolist()
-    types = np.asarray(_array(metadata, _TYPES), dtype=np.int64).tolist()
+    stored_scores, stored_types = _array(metadata, _SCORES), _array(metadata, _TYPES)
+    try:
+        scores = np.asarray(stored_scores, dtype=np.float64).tolist()
+        types = np.asarray(stored_types, dtype=np.int64).tolist()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FileFormatError(f"{_SCORES} and {_TYPES} must be arrays of numbers: {error}") from None
     if not len(texts) == len(scores) == len(types):
         raise FileFormatError(
             f"GGUF vocabulary arrays differ in length: {_TOKENS} {len(texts)}, {_SCORES} {len(scores)}, "

@@ -65,10 +65,17 @@ class Checkpoint:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a directory with config.json and safetensors, or a .gguf file. Weights stay memory-mapped."""
-    return _load_directory(path) if path.is_dir() else _load_gguf(path)
+    if path.is_dir():
+        return _load_directory(path)
+    if path.suffix == ".safetensors":
+        raise FileFormatError(f"{path} holds weights without their configuration; give the directory with config.json")
+    return _load_gguf(path)
 
 
 def _load_directory(directory: Path) -> Checkpoint:
+    gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
+    if gguf_files and not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} has no config.json; did you mean {directory / gguf_files[0]}?")
     config = read_json(directory / "config.json")
     spec = spec_from_config(config)
     generation_path = directory / "generation_config.json"
