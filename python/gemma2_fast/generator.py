@@ -60,7 +60,7 @@ class Generator:
     backend: "auto", "cpu" or "reference" (PyTorch); plan: every choice that was made; spec: the model as data.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: EnginePlan) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: EnginePlan, progress: bool = False) -> None:
         self.plan = plan
         self._checkpoint = checkpoint
         self._tokenizer, template = load_text(checkpoint)
@@ -69,7 +69,7 @@ class Generator:
             SamplingParams().resolved(checkpoint.generation_config)
         except RequestError as error:
             raise ConfigError(f"{checkpoint.path / 'generation_config.json'}: {error}") from None
-        self._loop = start_engine(plan, checkpoint.weights)
+        self._loop = start_engine(plan, checkpoint.weights, progress)
         self._finalizer = weakref.finalize(self, self._loop.close)
 
     @classmethod
@@ -128,7 +128,7 @@ class Generator:
             raise BackendError(problem)
         plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, options)
         prefault(checkpoint.weights, progress)
-        return cls(checkpoint, plan)
+        return cls(checkpoint, plan, progress)
 
     @classmethod
     def describe(cls, model: str | os.PathLike[str], **options: Any) -> Description:

@@ -12,15 +12,16 @@ from gemma2_fast.engine.options import EnginePlan
 from gemma2_fast.errors import BackendError
 from gemma2_fast.quant import FORMATS
 from gemma2_fast.spec import AttentionSpec, LayerSpec, ModelSpec
+from gemma2_fast.weights.prefault import byte_bar
 from gemma2_fast.weights.tensor import Tensor
 
 Weights = Mapping[str, Tensor]
 
 
-def start_engine(plan: EnginePlan, weights: Weights) -> _core.DecodeLoop:
+def start_engine(plan: EnginePlan, weights: Weights, progress: bool = False) -> _core.DecodeLoop:
     """Build the backend's step and start the loop that drives it."""
     if plan.weight_dtype is not None:
-        weights = {name: _converted(tensor, plan.weight_dtype) for name, tensor in weights.items()}
+        weights = _all_converted(weights, plan.weight_dtype, progress)
     cache = core_cache_plan(plan.cache)
     step: _core.ModelStep
     if plan.backend == "cpu":
@@ -112,6 +113,15 @@ def _core_layer(layer: LayerSpec) -> _core.LayerSpec:
         norm_after_mixer=layer.norms.after_mixer,
         norm_after_mlp=layer.norms.after_mlp,
     )
+
+
+def _all_converted(weights: Weights, format_name: str, progress: bool) -> Weights:
+    converted = {}
+    with byte_bar("converting", weights, progress) as bar:
+        for name, tensor in weights.items():
+            converted[name] = _converted(tensor, format_name)
+            bar.update(tensor.num_bytes)
+    return converted
 
 
 def _converted(tensor: Tensor, format_name: str) -> Tensor:
