@@ -88,10 +88,16 @@ SamplingParams make_sampling(int64_t max_tokens, float temperature, std::optiona
     return params;
 }
 
+// Threads that delete loops which were dropped on their own thread. Under the GIL.
+std::vector<std::thread>& deleters() {
+    static std::vector<std::thread> threads;
+    return threads;
+}
+
 // The loop's thread may need the GIL before it can end, so nobody may wait for it with the GIL held.
 void delete_loop(DecodeLoop* loop) {
     if (loop->on_own_thread()) {  // Python collected garbage inside a step's callback; the thread cannot join itself
-        std::thread([loop] { delete loop; }).detach();
+        deleters().emplace_back([loop] { delete loop; });
         return;
     }
     if (PyGILState_Check() == 0) {
@@ -114,6 +120,10 @@ void close_open_loops() {
             const py::gil_scoped_release released;
             loop->close();
         }
+    for (std::thread& deleter : std::exchange(deleters(), {})) {
+        const py::gil_scoped_release released;
+        deleter.join();
+    }
 }
 
 std::shared_ptr<DecodeLoop> make_loop(std::shared_ptr<ModelStep> step, CachePlan plan, const Limits& limits) {

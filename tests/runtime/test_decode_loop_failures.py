@@ -142,3 +142,40 @@ def test_a_process_ends_whatever_the_loop_is_doing(ending: str, printed: str) ->
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert printed in done.stdout + done.stderr
     assert done.returncode in (0, 1, -2, 130)
+
+
+def test_a_loop_collected_inside_its_own_step_does_not_end_the_process() -> None:
+    """Python may collect a cycle that holds the loop while the loop's thread runs a callback; it cannot join itself."""
+    script = """
+        import gc, threading
+        import numpy as np
+        from gemma2_fast import _core
+
+        class Holder:
+            pass
+
+        dropped, collected = threading.Event(), threading.Event()
+
+        def run(batch):
+            dropped.wait()
+            gc.collect()
+            collected.set()
+            return np.zeros((len(batch.logits_token), 8), np.float32)
+
+        holder = Holder()
+        holder.me = holder
+        holder.loop = _core.DecodeLoop(
+            _core.CallbackStep(run),
+            _core.CachePlan(page_tokens=4, paged=[]),
+            _core.Limits(max_running_sequences=1, max_step_tokens=4, max_seq_len=10, max_logits_rows=4, vocab_size=8),
+        )
+        gc.disable()
+        holder.loop.submit(_core.Request(token_ids=[1], sampling=_core.SamplingParams(max_tokens=2)))
+        del holder
+        dropped.set()
+        print(collected.wait(20))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
