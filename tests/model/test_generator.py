@@ -230,10 +230,10 @@ def test_a_window_on_a_model_without_one_is_refused() -> None:
         generator(spec, random_weights(spec, "F32"), sliding_window=100)
 
 
-def test_nan_in_one_embedding_row_ends_that_request_only() -> None:
+def test_nan_weights_end_every_request_with_an_error_and_nothing_else() -> None:
     rows = WEIGHTS["embedding"].to_float32().copy()
     rows[77] = np.nan
-    # The head reads the same rows, so only models whose other logits stay finite can go on: none can.
+    # The head reads the same rows, so no request can go on; tests/runtime has one whose neighbours do.
     with generator(SPEC, {**WEIGHTS, "embedding": Tensor.from_float32(rows)}) as gen:
         with pytest.raises(GenerationError, match="finite|NaN"):
             gen.generate(PROMPT, max_tokens=3)

@@ -215,6 +215,8 @@ def test_the_window_may_be_changed_and_nothing_else() -> None:
         {"sliding_window_pattern": 6, "_sliding_window_pattern": 2},
         {"rope_theta": 123.0},
         {"rope_local_base_freq": 77.0},
+        {"layer_types": ["full_attention"] * 6},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     ],
 )
 def test_gemma_3_spellings_that_contradict_each_other(change: dict[str, Any]) -> None:

@@ -174,11 +174,14 @@ def _gemma3(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
     if len(periods) > 1:
         raise ConfigError(f"config.json: {' and '.join(spellings)} contradict each other: {sorted(periods)}")
     period = next(iter(periods), None)
+    kinds = _layer_kinds(config, period)
+    if period is not None and kinds != _every(period, len(kinds)):
+        raise ConfigError(f"config.json: layer_types contradicts {spellings[0]} ({period})")
     layers = tuple(
         _layer(
             config, ropes[kind], scale, cap, _window(config) if kind == SLIDING else None, qk_norm=True, post_norms=True
         )
-        for kind in _layer_kinds(config, period)
+        for kind in kinds
     )
     return _model("gemma3", config, layers, _optional_number(config, "final_logit_softcapping"), assumed)
 
@@ -297,12 +300,16 @@ def _layer_kinds(config: Config, period: int | None) -> list[str]:
     if kinds is None:
         if period is None:
             raise ConfigError("config.json: layer_types is null and sliding_window_pattern is missing")
-        return [FULL if (index + 1) % period == 0 else SLIDING for index in range(num_layers)]
+        return _every(period, num_layers)
     if not isinstance(kinds, list) or any(kind not in (SLIDING, FULL) for kind in kinds):
         raise ConfigError(f"config.json: layer_types must be a list of {SLIDING!r} and {FULL!r}, got {kinds!r}")
     if len(kinds) != num_layers:
         raise ConfigError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
     return kinds
+
+
+def _every(period: int, num_layers: int) -> list[str]:
+    return [FULL if (index + 1) % period == 0 else SLIDING for index in range(num_layers)]
 
 
 def _num_layers(config: Config) -> int:
@@ -327,6 +334,9 @@ def _rope(config: Config, parameters: Any, theta_key: str | None, rotated: float
             raise ConfigError(
                 f"config.json: {theta_key} ({config[theta_key]}) contradicts rope_parameters.rope_theta ({theta})"
             )
+        older = config.get("rope_scaling")
+        if theta_key == "rope_theta" and isinstance(older, Mapping) and older.get("factor") != parameters.get("factor"):
+            raise ConfigError(f"config.json: rope_scaling ({older}) contradicts rope_parameters ({dict(parameters)})")
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"config.json: rope_scaling must be an object or null, got {scaling!r}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
