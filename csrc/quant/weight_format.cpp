@@ -8,18 +8,21 @@
 namespace gemma2_fast {
 namespace {
 
-constexpr std::array<WeightFormat, 11> kFormats{{
-    {WeightType::kF32, "F32", 1, 4},
-    {WeightType::kF16, "F16", 1, 2},
-    {WeightType::kBF16, "BF16", 1, 2},
-    {WeightType::kQ8_0, "Q8_0", 32, 34},
-    {WeightType::kQ4_0, "Q4_0", 32, 18},
-    {WeightType::kQ4_1, "Q4_1", 32, 20},
-    {WeightType::kQ5_0, "Q5_0", 32, 22},
-    {WeightType::kQ5_1, "Q5_1", 32, 24},
-    {WeightType::kQ4_K, "Q4_K", 256, 144},
-    {WeightType::kQ5_K, "Q5_K", 256, 176},
-    {WeightType::kQ6_K, "Q6_K", 256, 210},
+constexpr std::array<WeightFormat, 14> kFormats{{
+    {WeightType::kF32, "F32", 1, 1, 4},
+    {WeightType::kF16, "F16", 1, 1, 2},
+    {WeightType::kBF16, "BF16", 1, 1, 2},
+    {WeightType::kQ8_0, "Q8_0", 1, 32, 34},
+    {WeightType::kQ4_0, "Q4_0", 1, 32, 18},
+    {WeightType::kQ4_1, "Q4_1", 1, 32, 20},
+    {WeightType::kQ5_0, "Q5_0", 1, 32, 22},
+    {WeightType::kQ5_1, "Q5_1", 1, 32, 24},
+    {WeightType::kQ4_K, "Q4_K", 1, 256, 144},
+    {WeightType::kQ5_K, "Q5_K", 1, 256, 176},
+    {WeightType::kQ6_K, "Q6_K", 1, 256, 210},
+    {WeightType::kInt8G128, "INT8_G128", kStripRows, 128, sizeof(Int8G128Block)},
+    {WeightType::kInt4G128, "INT4_G128", kStripRows, 128, sizeof(Int4Block<128>)},
+    {WeightType::kInt4G32, "INT4_G32", kStripRows, 32, sizeof(Int4Block<32>)},
 }};
 
 constexpr bool table_follows_enum() {

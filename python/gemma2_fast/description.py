@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma2_fast import _core
@@ -27,8 +27,14 @@ class Description:
             f"model         {model['family']}, {model['parameters'] / 1e6:,.1f} M parameters, "
             f"{len(self.checkpoint.spec.layers)} layers, width {model['width']}, vocabulary {model['vocab_size']:,}, "
             f"context {model['max_positions']:,}",
-            f"weights       {_size(model['weight_bytes'])} in {', '.join(model['formats'])} ({self.checkpoint.path})",
+            f"weights       {_size(model['weight_bytes'])} in {', '.join(model['formats'])}, "
+            f"{model['bits_per_weight']:.2f} bits a weight ({self.checkpoint.path})",
         ]
+        origin = self.checkpoint.origin
+        if origin is not None:
+            lines.append(
+                f"quantised     to {origin.quantization} from {origin.source}, by gemma2-fast {origin.tool_version}"
+            )
         lines += [f"layers        {count:>3} x {text}" for text, count in model["layers"].items()]
         if model["final_softcap"] is not None:
             lines.append(f"final cap     {model['final_softcap']:g}")
@@ -61,6 +67,8 @@ class Description:
             "parameters": checkpoint.num_parameters,
             "weight_bytes": checkpoint.num_weight_bytes,
             "formats": list(checkpoint.matrix_formats),
+            "bits_per_weight": checkpoint.bits_per_weight,
+            "origin": None if checkpoint.origin is None else asdict(checkpoint.origin),
             "width": spec.model_width,
             "vocab_size": spec.vocab_size,
             "max_positions": spec.max_positions,
@@ -76,7 +84,9 @@ def _run(plan: EnginePlan) -> dict[str, Any]:
         "instruction_set": plan.instruction_set,
         "available": _core.instruction_sets(),
         "num_threads": plan.num_threads,
+        "quantization": plan.quantization,
         "compute_dtype": plan.compute_dtype,
+        "activations": plan.activations,
         "logits_bytes": plan.max_logits_rows * plan.spec.vocab_size * 4,
     }
 
@@ -108,9 +118,12 @@ def _cache(cache: CachePlan) -> dict[str, Any]:
 
 def _plan_lines(plan: EnginePlan) -> list[str]:
     run, cache = _run(plan), _cache(plan.cache)
+    products = ", int8 in products with quantised weights" if run["activations"] == "int8" else ""
+    quantized = [] if plan.quantization is None else [f"quantising    to {plan.quantization} while loading, in memory"]
     lines = [
+        *quantized,
         f"backend       {run['backend']}, {run['instruction_set']} kernels of {', '.join(run['available'])}, "
-        f"{run['num_threads']} threads, {run['compute_dtype']} activations",
+        f"{run['num_threads']} threads, {run['compute_dtype']} activations{products}",
         f"cache         {_size(cache['bytes'])} as {cache['kv_dtype']}: {cache['max_sequences']} sequences "
         f"of up to {cache['max_seq_len']:,} tokens, pages of {PAGE_TOKENS}, "
         f"steps of up to {cache['max_step_tokens']} tokens",

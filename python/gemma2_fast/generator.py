@@ -98,8 +98,10 @@ class Generator:
         """Load a hub id, a local directory, a .gguf file, or "gemma-3-270m" (which ships with the [demo] extra).
 
         backend: "auto" | "cpu" | "reference". dtype: "auto" (the checkpoint's own) | "float32" | "bfloat16".
-        kv_dtype: "auto" (follows dtype) | "float32" | "bfloat16". activations: "auto" | "float32".
-        quantization: None. max_seq_len: tokens a sequence may reach, the model's own limit by default.
+        quantization: None (as stored) | "int8" | "int4", made of unquantised weights while they are loaded.
+        activations: "auto" ("int8" for products with quantised weights on the CPU) | "float32" | "int8".
+        kv_dtype: "auto" (follows dtype, bfloat16 for "int8" and "int4" weights) | "float32" | "bfloat16" | "int8".
+        max_seq_len: tokens a sequence may reach, the model's own limit by default.
         max_batch_size: sequences that run at once. max_step_tokens: tokens one step computes, 512 by default.
         kv_cache_gib: memory for keys and values, half of what is free at most by default.
         num_threads: all processors by default. sliding_window: keys a windowed layer sees, as trained by default.
@@ -127,7 +129,8 @@ class Generator:
         if problem is not None:
             raise BackendError(problem)
         plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, options)
-        prefault(checkpoint.weights, progress)
+        if plan.quantization is None:
+            prefault(checkpoint.weights, progress)
         return cls(checkpoint, plan, progress)
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import struct
 import time
@@ -93,8 +92,7 @@ def fuzz_parser(
 def check_tensors(tensors: Mapping[str, Tensor], file_bytes: int) -> None:
     """Every tensor has the bytes of its shape, all within the mapped file, and gives its weights."""
     for name, tensor in tensors.items():
-        rows, cols = math.prod(tensor.shape[:-1]), tensor.shape[-1] if tensor.shape else 1
-        assert tensor.num_bytes == rows * tensor.format.row_bytes(cols), name
+        assert tensor.num_bytes == tensor.format.num_bytes(tensor.shape), name
         mapped = tensor.data
         while isinstance(mapped.base, np.ndarray):
             mapped = mapped.base
@@ -193,7 +191,9 @@ def _other_json(value: object) -> st.SearchStrategy[object]:
     if isinstance(value, int):
         return st.one_of(st.sampled_from([value - 1, value + 1, 2 * value, -value]), numbers)
     if isinstance(value, str):
-        return st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "F8_E4M3", "", "\ud800"])
+        dtypes = ["F32", "F16", "BF16", "F64", "I64", "F8_E4M3", "U8", "", "\ud800"]
+        matrices = ["INT8_G128 64 128", "INT4_G32 64 32", "INT4_G128 9999999 9999999", "INT8_G128 1 1", "INT9 1 1"]
+        return st.sampled_from([*dtypes, *matrices, "0", "2", "int8"])
     return st.one_of(numbers, st.sampled_from([[], {}, None, True, "x", [1], [1, 2, 3]]))
 
 

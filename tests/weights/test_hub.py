@@ -18,8 +18,9 @@ import pytest
 from gemma2_fast.errors import HubError
 from gemma2_fast.weights import hub as hub_module
 from gemma2_fast.weights.hub import resolve_model
-from gemma2_fast.weights.safetensors import read_safetensors_directory, write_safetensors
+from gemma2_fast.weights.safetensors import read_safetensors_directory
 from gemma2_fast.weights.tensor import Tensor
+from gemma2_fast.weights.writer import write_safetensors
 from tests.weights.hub_server import COMMIT, Hub, Repository, serve
 
 SECRET = "hf_secret"
@@ -123,7 +124,7 @@ def test_downloads_what_a_checkpoint_needs_and_nothing_else(revision: str | None
     assert sorted(str(p.relative_to(directory)) for p in directory.rglob("*")) == sorted(WANTED)
     assert hub.downloads() == sorted(WANTED)
     assert directory.is_relative_to(tmp_path / "cache")
-    tensors = read_safetensors_directory(directory)  # through the links of the hub's cache
+    tensors = read_safetensors_directory(directory).tensors  # through the links of the hub's cache
     assert {name: t.to_float32().tolist() for name, t in tensors.items()} == {"t0": [0, 0], "t1": [1, 1]}
 
 

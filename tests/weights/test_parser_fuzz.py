@@ -11,8 +11,9 @@ import safetensors
 from gemma2_fast.errors import CapacityError, FileFormatError
 from gemma2_fast.quant import FORMATS
 from gemma2_fast.weights.gguf import GgufFile, read_gguf
-from gemma2_fast.weights.safetensors import SafetensorsFile, read_safetensors, write_safetensors
+from gemma2_fast.weights.safetensors import SafetensorsFile, read_safetensors
 from gemma2_fast.weights.tensor import Tensor
+from gemma2_fast.weights.writer import write_safetensors
 from tests.weights import gguf_builder as b
 from tests.weights.parser_fuzz import (
     Outcome,
@@ -23,6 +24,7 @@ from tests.weights.parser_fuzz import (
     mutated_safetensors,
     num_fuzz_files,
 )
+from tests.weights.quantized_files import write_few
 
 
 def random_bytes(size: int) -> bytes:
@@ -43,7 +45,8 @@ def gguf_base() -> bytes:
     ]
     tensors, data = [], b""
     for name, format in FORMATS.items():
-        assert format.gguf_type is not None
+        if format.gguf_type is None:
+            continue
         data += bytes(-len(data) % 32)
         tensors.append(b.tensor(name, [2 * format.block_weights, 3], format.gguf_type, len(data)))
         data += random_bytes(6 * format.block_bytes)
@@ -88,6 +91,18 @@ def test_mutated_safetensors_files(tmp_path: Path, capsys: pytest.CaptureFixture
         assert {name: (t.shape, t.data.tobytes()) for name, t in file.tensors.items()} == library
 
     report("safetensors", fuzz_parser(mutated_safetensors(base), read_safetensors, use, path), capsys)
+
+
+def test_mutated_quantized_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.safetensors"
+    base = write_few(tmp_path).read_bytes()
+
+    def use(file: SafetensorsFile) -> None:
+        check_tensors(file.tensors, path.stat().st_size)
+        library = {name: bytes(tensor["data"]) for name, tensor in safetensors.deserialize(path.read_bytes())}
+        assert {name: tensor.data.tobytes() for name, tensor in file.tensors.items()} == library
+
+    report("quantised", fuzz_parser(mutated_safetensors(base), read_safetensors, use, path), capsys)
 
 
 def test_the_unchanged_files_load(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import safetensors.numpy
 
 from gemma2_fast.errors import FileFormatError
 from gemma2_fast.quant import FORMATS
-from gemma2_fast.weights.safetensors import MAX_HEADER_BYTES, read_safetensors, write_safetensors
+from gemma2_fast.weights.safetensors import MAX_HEADER_BYTES, read_safetensors
 from gemma2_fast.weights.tensor import Tensor
+from gemma2_fast.weights.writer import write_safetensors
 
 
 def file_bytes(header: object, data: bytes = b"") -> bytes:

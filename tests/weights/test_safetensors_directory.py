@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gemma2_fast.errors import FileFormatError
-from gemma2_fast.weights.safetensors import read_safetensors_directory, write_safetensors
+from gemma2_fast.weights.safetensors import read_safetensors_directory
 from gemma2_fast.weights.tensor import Tensor
+from gemma2_fast.weights.writer import write_safetensors
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -36,7 +37,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def values(directory: Path) -> dict[str, float]:
-    return {name: t.to_float32().item() for name, t in read_safetensors_directory(directory).items()}
+    return {name: t.to_float32().item() for name, t in read_safetensors_directory(directory).tensors.items()}
 
 
 def test_reads_one_file(tmp_path: Path) -> None:

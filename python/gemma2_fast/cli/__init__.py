@@ -1,4 +1,4 @@
-"""The command line: `gemma2-fast generate · chat · info · tokenize`."""
+"""The command line: `gemma2-fast generate · chat · info · tokenize · quantize · bench`."""
 
 from gemma2_fast.cli.entry import main
 

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from gemma2_fast import __version__
-from gemma2_fast.cli import chat, generate, info, tokenize
+from gemma2_fast.cli import bench, chat, generate, info, quantize, tokenize
 from gemma2_fast.errors import Gemma2FastError
 
-COMMANDS = (generate, chat, info, tokenize)
+COMMANDS = (generate, chat, info, tokenize, quantize, bench)
 
 EXIT_OK = 0
 EXIT_ERROR = 1

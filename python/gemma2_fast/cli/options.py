@@ -14,9 +14,9 @@ from gemma2_fast.errors import RequestError
 
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 
+_HUB = ("revision", "cache_dir", "local_files_only")
 _MODEL = ("backend", "dtype", "quantization", "activations", "kv_dtype", "max_seq_len", "max_step_tokens",
-          "kv_cache_gib", "num_threads", "sliding_window", "instruction_set", "revision", "cache_dir",
-          "local_files_only")  # fmt: skip
+          "kv_cache_gib", "num_threads", "sliding_window", "instruction_set", *_HUB)  # fmt: skip
 _SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
              "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
              "ignore_eos")  # fmt: skip
@@ -24,6 +24,11 @@ _SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, local directory, .gguf file, or gemma-3-270m")
+    add_flags(parser)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command takes."""
     parser.add_argument("--quiet", action="store_true", help="no progress bars, notes or timings")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
 
@@ -96,6 +101,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of Generator.from_pretrained and Generator.describe."""
     return {**_given(args, _MODEL), "progress": not args.quiet}
+
+
+def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of resolve_model."""
+    return _given(args, _HUB)
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:

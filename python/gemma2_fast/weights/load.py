@@ -14,6 +14,7 @@ from gemma2_fast.spec import ModelSpec
 from gemma2_fast.spec.families import spec_from_config, spec_from_gguf
 from gemma2_fast.weights.gguf import read_gguf
 from gemma2_fast.weights.manifest import check_weights
+from gemma2_fast.weights.mapped_file import drop_pages
 from gemma2_fast.weights.names import (
     GGUF_OUTPUT,
     HF_IGNORED,
@@ -23,11 +24,15 @@ from gemma2_fast.weights.names import (
     hf_names,
     is_norm,
 )
+from gemma2_fast.weights.new_directory import UNFINISHED
+from gemma2_fast.weights.origin import Origin
 from gemma2_fast.weights.safetensors import read_safetensors_directory
 from gemma2_fast.weights.strict_json import load_json_object
 from gemma2_fast.weights.tensor import Tensor
 
+CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 64 * 2**20
+_COMPARED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Checkpoint:
     """weights: canonical name → tensor, complete and shape-checked; norm weights are w, never 1 + w.
 
     generation_config: the keys of generation_config.json, empty without one; eos_ids: end-of-text ids it or the
-    configuration names. gguf_metadata: None for a directory.
+    configuration names. gguf_metadata: None for a directory. origin: None unless this package quantised the weights.
     """
 
     path: Path
@@ -44,6 +49,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     eos_ids: tuple[int, ...]
     gguf_metadata: Mapping[str, Any] | None
+    origin: Origin | None = None
 
     @property
     def num_weight_bytes(self) -> int:
@@ -52,6 +58,10 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in self.weights.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.num_weight_bytes / self.num_parameters
 
     @property
     def matrix_formats(self) -> tuple[str, ...]:
@@ -73,15 +83,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _load_directory(directory: Path) -> Checkpoint:
-    gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
-    if gguf_files and not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} has no config.json; did you mean {directory / gguf_files[0]}?")
-    config = read_json(directory / "config.json")
+    if not (directory / CONFIG_FILE).is_file():
+        _explain_no_config(directory)
+    config = read_json(directory / CONFIG_FILE)
     spec = spec_from_config(config)
     generation_path = directory / "generation_config.json"
     generation_config = read_json(generation_path) if generation_path.is_file() else {}
 
-    stored = read_safetensors_directory(directory)
+    files = read_safetensors_directory(directory)
+    stored = files.tensors
     names = hf_names(spec, stored)
     embedding = stored.get(names["embedding"])
     for output_name in HF_OUTPUT:
@@ -95,7 +105,7 @@ def _load_directory(directory: Path) -> Checkpoint:
     check_weights(spec, weights, str(directory))
     eos = generation_config.get("eos_token_id")
     eos_ids = _eos_ids(config.get("eos_token_id") if eos is None else eos, spec.vocab_size, directory)
-    return Checkpoint(directory, spec, weights, generation_config, eos_ids, None)
+    return Checkpoint(directory, spec, weights, generation_config, eos_ids, None, files.origin)
 
 
 def _load_gguf(path: Path) -> Checkpoint:
@@ -132,13 +142,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return load_json_object(path.read_bytes(), str(path))
 
 
+def _explain_no_config(directory: Path) -> None:
+    """Raises where it is clear why the configuration is missing."""
+    if directory.name.endswith(UNFINISHED):
+        raise FileFormatError(
+            f"{directory} is what a quantisation left that did not finish; delete it and run it again"
+        )
+    gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
+    if gguf_files:
+        raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}; did you mean {directory / gguf_files[0]}?")
+
+
 def _check_tied(source: str, name: str, output: Tensor, embedding: Tensor) -> None:
     same_kind = (output.shape, output.format.name) == (embedding.shape, embedding.format.name)
-    if not same_kind or not np.array_equal(output.data, embedding.data):
+    if not same_kind or not _equal_bytes(output, embedding):
         raise WeightsError(
             f"{source}: {name} differs from the embedding, but every Gemma ties the two; "
             "this is not a plain Gemma checkpoint"
         )
+
+
+def _equal_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same bytes, which need not stay in memory for it."""
+    for first in range(0, one.num_bytes, _COMPARED_BYTES):
+        part, other_part = (tensor.data[first : first + _COMPARED_BYTES] for tensor in (one, other))
+        if not np.array_equal(part, other_part):
+            return False
+        drop_pages(part)
+        drop_pages(other_part)
+    return True
 
 
 def _eos_ids(value: Any, vocab_size: int, source: Path) -> tuple[int, ...]:

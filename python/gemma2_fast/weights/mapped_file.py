@@ -27,3 +27,22 @@ def map_file(path: Path, kind: str) -> NDArray[np.uint8]:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return np.frombuffer(mapped, dtype=np.uint8)
+
+
+def drop_pages(view: NDArray[np.uint8]) -> None:
+    """Take the whole pages of a view of a mapped file out of this process's memory; they are read again when needed.
+
+    Any other array is left alone.
+    """
+    owner: object = view
+    while isinstance(owner, np.ndarray):
+        whole, owner = owner, owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if not isinstance(owner, mmap.mmap):
+        return
+    begin = view.ctypes.data - whole.ctypes.data
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (begin + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        owner.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -1,12 +1,14 @@
-"""Safetensors files: a JSON header and raw tensors, read without copying and checked byte for byte."""
+"""Safetensors files: a JSON header and raw tensors, read without copying and checked byte for byte.
+
+Quantised matrices are U8 to other readers; our metadata says what they are.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from gemma2_fast.errors import FileFormatError
 from gemma2_fast.quant import FORMATS
 from gemma2_fast.weights.mapped_file import map_file
 from gemma2_fast.weights.messages import listed, quoted
+from gemma2_fast.weights.origin import Matrices, Origin, from_metadata
 from gemma2_fast.weights.strict_json import load_json_object
 from gemma2_fast.weights.tensor import Tensor
 
@@ -27,6 +30,7 @@ MAX_DIMENSIONS = 8
 # Far above any tensor, and low enough for its size in bytes to fit every integer type it meets later.
 MAX_WEIGHTS = 1 << 48
 DTYPES = ("F32", "F16", "BF16")
+BYTES = "U8"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Only a plain name: a path could reach files outside the checkpoint. Links are fine, hub caches are made of them.
@@ -35,10 +39,22 @@ SHARD_NAME = re.compile(r"[^/\\\x00-\x1f]{1,240}\.safetensors")
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """The tensors of one file by name, views of its mapped bytes, and its string metadata."""
+    """The tensors of one file by name, views of its mapped bytes, and its string metadata.
+
+    origin: that of the quantised tensors, None for a file without our metadata.
+    """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    origin: Origin | None
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The tensors of all files of a checkpoint, and the origin that they share."""
+
+    tensors: dict[str, Tensor]
+    origin: Origin | None
 
 
 @dataclass(frozen=True)
@@ -60,11 +76,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     header = load_json_object(header_bytes, f"the header of {path}")
     metadata = _metadata(path, header.pop("__metadata__", {}))
     entries = [_entry(path, name, value) for name, value in header.items()]
-    _refuse_other_dtypes(path, entries)
+    origin, matrices = from_metadata(path, metadata)
+    _check_matrices(path, entries, matrices)
+    _refuse_other_dtypes(path, entries, matrices)
     data = content[LENGTH_BYTES + len(header_bytes) :]
     _check_layout(path, entries, data.nbytes)
-    tensors = {e.name: Tensor(e.shape, FORMATS[e.dtype], data[e.begin : e.end]) for e in entries}
-    return SafetensorsFile(tensors, metadata)
+    tensors = {}
+    for entry in entries:
+        format, shape = matrices.get(entry.name) or (FORMATS[entry.dtype], entry.shape)
+        tensors[entry.name] = Tensor(shape, format, data[entry.begin : entry.end])
+    return SafetensorsFile(tensors, metadata, origin)
 
 
 def _header_bytes(path: Path, content: NDArray[np.uint8]) -> bytes:
@@ -122,8 +143,29 @@ def _whole_numbers(value: object, what: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _refuse_other_dtypes(path: Path, entries: Sequence[_Entry]) -> None:
-    others = [f"{quoted(entry.name)} ({quoted(entry.dtype)})" for entry in entries if entry.dtype not in DTYPES]
+def _check_matrices(path: Path, entries: Sequence[_Entry], matrices: Matrices) -> None:
+    """Every matrix that the metadata lists is there, as the bytes of its shape."""
+    found = {entry.name: entry for entry in entries}
+    absent = [quoted(name) for name in matrices if name not in found]
+    if absent:
+        raise FileFormatError(
+            f"{path}: its metadata lists tensors that it does not hold: {listed(absent)}; quantise the model again"
+        )
+    for name, (format, shape) in matrices.items():
+        needed, entry = format.num_bytes(shape), found[name]
+        if (entry.dtype, entry.shape) != (BYTES, (needed,)):
+            raise FileFormatError(
+                f"{path}: tensor {quoted(name)}: {format.name} of shape {shape} takes {BYTES} ({needed},), "
+                f"the file holds {quoted(entry.dtype)} {quoted(entry.shape)}; quantise the model again"
+            )
+
+
+def _refuse_other_dtypes(path: Path, entries: Sequence[_Entry], matrices: Matrices) -> None:
+    others = [
+        f"{quoted(entry.name)} ({quoted(entry.dtype)})"
+        for entry in entries
+        if entry.dtype not in DTYPES and entry.name not in matrices
+    ]
     if others:
         raise FileFormatError(
             f"{path} holds tensors of unsupported dtypes: {listed(others)}; "
@@ -136,7 +178,7 @@ def _check_layout(path: Path, entries: Sequence[_Entry], data_bytes: int) -> Non
     covered = 0
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         where = f"{path}: tensor {quoted(entry.name)}"
-        needed = math.prod(entry.shape) * FORMATS[entry.dtype].block_bytes
+        needed = math.prod(entry.shape) * (1 if entry.dtype == BYTES else FORMATS[entry.dtype].block_bytes)
         if entry.end - entry.begin != needed:
             raise FileFormatError(
                 f"{where}: {entry.dtype} of shape {entry.shape} takes {needed} bytes, "
@@ -155,11 +197,12 @@ def _check_layout(path: Path, entries: Sequence[_Entry], data_bytes: int) -> Non
         raise FileFormatError(f"{path} has {data_bytes - covered} bytes behind its last tensor that belong to none")
 
 
-def read_safetensors_directory(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_safetensors_directory(directory: str | os.PathLike[str]) -> StoredWeights:
     """The tensors of a checkpoint: model.safetensors, or the shards that model.safetensors.index.json names."""
     directory = Path(directory)
     if os.path.lexists(directory / SINGLE_FILE):
-        return read_safetensors(directory / SINGLE_FILE).tensors
+        file = read_safetensors(directory / SINGLE_FILE)
+        return StoredWeights(file.tensors, file.origin)
     index = directory / INDEX_FILE
     if index.exists():
         return _read_shards(index)
@@ -170,7 +213,7 @@ def read_safetensors_directory(directory: str | os.PathLike[str]) -> dict[str, T
     )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> StoredWeights:
     shard_of = _weight_map(index)
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (index.parent / shard).exists()]
@@ -180,8 +223,11 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             "the download is incomplete, fetch it again"
         )
     tensors: dict[str, Tensor] = {}
+    origins: dict[Origin | None, str] = {}
     for shard in shards:
-        for name, tensor in read_safetensors(index.parent / shard).tensors.items():
+        file = read_safetensors(index.parent / shard)
+        origins.setdefault(file.origin, shard)
+        for name, tensor in file.tensors.items():
             if shard_of.get(name) != shard:
                 expected = f"expects it in {shard_of[name]}" if name in shard_of else "does not list it"
                 raise FileFormatError(
@@ -191,7 +237,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     absent = [f"{quoted(name)} ({shard})" for name, shard in shard_of.items() if name not in tensors]
     if absent:
         raise FileFormatError(f"{index} lists tensors that their shards do not hold: {listed(absent)}")
-    return tensors
+    if len(origins) > 1:
+        raise FileFormatError(
+            f"{index}: its shards do not belong together: {' and '.join(list(origins.values())[:2])} come from "
+            "different quantisations; quantise the model again"
+        )
+    return StoredWeights(tensors, next(iter(origins)))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -208,35 +259,3 @@ def _weight_map(index: Path) -> dict[str, str]:
                 "expected the plain name of a .safetensors file beside the index"
             )
     return shard_of
-
-
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write `tensors` (F32, F16 or BF16) to `path`, which appears complete or not at all."""
-    path = Path(path)
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    # Widest first, so that every tensor is aligned to its own weights.
-    names = sorted(tensors, key=lambda name: (-tensors[name].format.block_bytes, name))
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        if tensor.format.name not in DTYPES or name == "__metadata__":
-            raise FileFormatError(
-                f"cannot write tensor {quoted(name)} ({tensor.format.name}) to {path}: "
-                f"safetensors files hold {', '.join(DTYPES)}"
-            )
-        end = offset + tensor.num_bytes
-        header[name] = {"dtype": tensor.format.name, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-            for name in names:
-                file.write(tensors[name].data.data)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
