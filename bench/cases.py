@@ -1,4 +1,4 @@
-"""What bench.ops measures: every op at shapes of real models, with its exact result in NumPy."""
+"""What bench.ops measures: every float32 op at shapes of real models, with its exact result in NumPy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2_fast import _core
+from gemma2_fast.engine.cache_plan import PAGE_TOKENS, PagedKv
 from gemma2_fast.quant import FORMATS
 
 Array = NDArray[np.float32]
@@ -29,20 +30,38 @@ COLD_BYTES = 512 << 20
 PIECE_BYTES = 16 << 20
 PIECE_ROWS = 256
 MOST_DECODED_TOKENS = 16
-PAGE_TOKENS = 32
 CHECKED_ROWS = 256
+# Float32 sums over 9216 columns stay below a tenth of it; a wrong nibble is far above.
+LARGEST_ERROR = 2e-5
+# How an array holds pages of a type, and the largest error: int8 rounds keys, values, queries and weights.
+KV_TYPES: dict[str, tuple[type[np.generic], float]] = {
+    "float32": (np.float32, LARGEST_ERROR),
+    "bfloat16": (np.uint16, LARGEST_ERROR),
+    "int8": (np.uint8, 0.05),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `run` gives the seconds of the kernel alone, `results` what it computed and the exact."""
+    """One row of the table. `run` gives the seconds of the kernel alone, `results` what it computed and the exact.
+
+    num_bytes: read from memory, or moved through caches, in one run; operations: a multiply-add counts as two;
+    limit: the probe of machine.Ceilings that bounds it. largest_error: allowed, as a share of the largest exact value.
+    """
 
     op: str
     shape: str
-    work: float
-    limit: str  # the name of a probe of machine.Ceilings
+    num_bytes: float
+    operations: float
+    limit: str
     run: Callable[[], float]
     results: Callable[[], tuple[NDArray[Any], Exact]]
+    largest_error: float = LARGEST_ERROR
+    cached: bool = False  # its bytes come from caches, so that the read bandwidth does not bound it
+
+    @property
+    def work(self) -> float:
+        return self.num_bytes if self.limit == "read_bytes" else self.operations
 
 
 def stored_weights(name: str, rows: int, cols: int) -> NDArray[np.uint8]:
@@ -77,9 +96,10 @@ def matmul(ops: _core.Ops, model: str, matrix: str, name: str, num_tokens: int) 
         weights = stored.unpack(blocks).reshape(-1, cols)[:picked].astype(np.float64)
         return out[:, :picked], x.astype(np.float64) @ weights.T
 
-    work = piece * stored.row_bytes(cols) if decoding else 2.0 * piece * cols * num_tokens
     limit = "read_bytes" if decoding else "float32_operations"
-    return Case(f"matmul {name}", f"{model} {matrix} [{rows}, {cols}] x {num_tokens}", work, limit, run, results)
+    shape = f"{model} {matrix} [{rows}, {cols}] x {num_tokens}"
+    operations = 2.0 * piece * cols * num_tokens
+    return Case(f"matmul {name}", shape, piece * stored.row_bytes(cols), operations, limit, run, results)
 
 
 def elementwise(ops: _core.Ops, model: str, num_tokens: int) -> Iterator[Case]:
@@ -103,26 +123,36 @@ def elementwise(ops: _core.Ops, model: str, num_tokens: int) -> Iterator[Case]:
         gated: Exact = 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * up
         return gated
 
+    def capped() -> Exact:
+        return 30 * np.tanh(gate.astype(np.float64) / 30)
+
     def rotated() -> Exact:
         first, second = np.split(heads.astype(np.float64), 2, axis=2)
         c, s = cos[:, None], sin[:, None]
         return np.concatenate([first * c - second * s, second * c + first * s], axis=2)
 
-    def case(op: str, arrays: int, array: Array, call: Callable[[], Array], exact: Callable[[], Exact]) -> Case:
+    def case(
+        op: str, arrays: int, each: int, array: Array, call: Callable[[], Array], exact: Callable[[], Exact]
+    ) -> Case:
+        """arrays: read and written, of the size of `array`; each: operations an element, a tanh counted as one."""
+
         def run() -> float:
             call()
             return ops.kernel_seconds
 
         shape = f"{model} {list(array.shape)}"
-        return Case(op, shape, arrays * array.nbytes, "read_bytes", run, lambda: (call(), exact()))
+        operations = float(each * array.size)
+        return Case(
+            op, shape, arrays * array.nbytes, operations, "read_bytes", run, lambda: (call(), exact()), cached=True
+        )
 
-    yield case("rms_norm", 2, x, lambda: ops.rms_norm(x, gain, 1e-6), norm)
-    yield case("rms_norm_add", 3, x, lambda: ops.rms_norm_add(x, gain, 1e-6, residual), lambda: residual + norm())
-    yield case("add", 3, x, lambda: ops.add(x, residual), lambda: residual + x.astype(np.float64))
-    yield case("scale", 2, x, lambda: ops.scale(x, 3.25), lambda: 3.25 * x.astype(np.float64))
-    yield case("softcap", 2, gate, lambda: ops.softcap(gate, 30.0), lambda: 30 * np.tanh(gate.astype(np.float64) / 30))
-    yield case("geglu", 3, gate, lambda: ops.geglu(gate, up), gelu)
-    yield case("rope", 2, heads, lambda: ops.rope(heads, cos, sin), rotated)
+    yield case("rms_norm", 2, 4, x, lambda: ops.rms_norm(x, gain, 1e-6), norm)
+    yield case("rms_norm_add", 3, 5, x, lambda: ops.rms_norm_add(x, gain, 1e-6, residual), lambda: residual + norm())
+    yield case("add", 3, 1, x, lambda: ops.add(x, residual), lambda: residual + x.astype(np.float64))
+    yield case("scale", 2, 1, x, lambda: ops.scale(x, 3.25), lambda: 3.25 * x.astype(np.float64))
+    yield case("softcap", 2, 3, gate, lambda: ops.softcap(gate, 30.0), capped)
+    yield case("geglu", 3, 9, gate, lambda: ops.geglu(gate, up), gelu)
+    yield case("rope", 2, 3, heads, lambda: ops.rope(heads, cos, sin), rotated)
 
 
 def attention(ops: _core.Ops, model: str, context: int, num_queries: int, kv_type: str) -> Case:
@@ -131,9 +161,9 @@ def attention(ops: _core.Ops, model: str, context: int, num_queries: int, kv_typ
     group_heads = num_heads // num_kv_heads
     rng = np.random.default_rng(3)
     num_blocks = -(-context // PAGE_TOKENS)
-    pages: NDArray[Any] = np.zeros((num_blocks, 1, 2, head_dim * PAGE_TOKENS), np.float32)
-    if kv_type == "bfloat16":
-        pages = pages.astype(np.uint16)
+    page_bytes = PagedKv((0,), 1, head_dim, None, 1, 1).block_bytes(kv_type)
+    element, largest_error = KV_TYPES[kv_type]
+    pages: NDArray[Any] = np.zeros((num_blocks, 1, page_bytes // np.dtype(element).itemsize), element)
     # Few bits, so that bfloat16 holds them too.
     keys, values = (rng.integers(-8, 9, (context, head_dim)).astype(np.float32) / 8 for _ in range(2))
     for position in range(context):
@@ -159,7 +189,9 @@ def attention(ops: _core.Ops, model: str, context: int, num_queries: int, kv_typ
 
     decoding = num_queries == 1
     pairs = sum(range(first + 1, context + 1)) * group_heads
-    work = float(pages.nbytes) if decoding else 4.0 * pairs * head_dim
+    operations = 4.0 * pairs * head_dim
     limit = "read_bytes" if decoding else "float32_operations"
     shape = f"{model} {num_queries} x {group_heads} queries, {context} keys"
-    return Case(f"attention {kv_type}", shape, work, limit, run, lambda: (call(), exact()))
+    return Case(
+        f"attention {kv_type}", shape, pages.nbytes, operations, limit, run, lambda: (call(), exact()), largest_error
+    )

@@ -1,23 +1,32 @@
-"""The machine's ceilings: read bandwidth, float32 multiply-adds, int8 multiply-adds into int32.
+"""The machine's ceilings, for every instruction set and number of threads: read bandwidth, float32 multiply-adds, int8
+multiply-adds into int32.
 
-python -m gemma2_fast.bench.machine --threads 2
+    gemma2-fast bench machine --threads 1,2 --json machine.json
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma2_fast import _core
+from gemma2_fast.bench.command import add_json, counts, main
 from gemma2_fast.bench.measure import best_beside
+from gemma2_fast.bench.record import record, write_record
 
 # Reads go round a buffer larger than the caches, a piece a probe. Probes are short: they fit between interruptions.
 BUFFER_BYTES = 512 << 20
 PIECE_BYTES = 16 << 20
 PROBE_MULTIPLY_ADDS = 20_000_000
+
+PROBES = ("read_bytes", "float32_operations", "int8_operations")
+UNITS = {"read_bytes": "GB/s", "float32_operations": "GFLOP/s", "int8_operations": "GOP/s"}
 
 
 @dataclass
@@ -48,24 +57,34 @@ class Ceilings:
 def best_rates(ceilings: Ceilings, budget_seconds: float = 1.0) -> dict[str, float]:
     """The best of each probe, in 10^9 a second."""
     rates = {}
-    for name in ("read_bytes", "float32_operations", "int8_operations"):
+    for name in PROBES:
         _, rate = best_beside(lambda: 0.0, getattr(ceilings, name), budget_seconds)
         rates[name] = rate / 1e9
     return rates
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    print(f"{_core.processor_name()}, {arguments.threads} thread(s)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    default = sorted({1, cpus})
+    parser.add_argument(
+        "--threads", type=counts, default=default, metavar="N,N", help=f"default: {','.join(map(str, default))}"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="spent on a probe (default: 1)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    print(_core.processor_name())
+    rows: list[dict[str, Any]] = []
     for instruction_set in _core.instruction_sets():
-        rates = best_rates(Ceilings.of(_core.Ops(instruction_set, arguments.threads)))
-        print(
-            f"{instruction_set:12}  read {rates['read_bytes']:6.1f} GB/s   float32 {rates['float32_operations']:8.1f}"
-            f" GFLOP/s   int8 {rates['int8_operations']:8.1f} GOP/s"
-        )
+        for threads in args.threads:
+            rates = best_rates(Ceilings.of(_core.Ops(instruction_set, threads)), args.seconds)
+            rows.append({"instruction_set": instruction_set, "threads": threads, **rates})
+            figures = "   ".join(f"{name} {rates[name]:8.1f} {UNITS[name]}" for name in PROBES)
+            print(f"{instruction_set:12} {threads} thread(s)   {figures}", flush=True)
+    if args.json:
+        write_record(args.json, record("machine", {"threads": args.threads, "seconds": args.seconds}, rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(__doc__, add_arguments, run))

@@ -1,4 +1,4 @@
-"""Timing on a machine that others use too: the best of many short runs, with the ceiling measured in between."""
+"""Timing on a machine that others use too."""
 
 from __future__ import annotations
 

@@ -1,205 +1,251 @@
-"""The same work by this package and by its peers, in turn, each in a process of its own.
+"""Our engine and its peers on the same work, in turn, in one run.
 
-    python -m gemma2_fast.bench.peers gemma-3-270m --peer llama_cpp
-    python -m gemma2_fast.bench.peers DIRECTORY --peer transformers
+    gemma2-fast bench peers MODEL --quantization int8 --peer llama_cpp=2b-q8_0.gguf \\
+        --peer openvino=2b-int8,DYNAMIC_QUANTIZATION_GROUP_SIZE=128 --peer-python openvino=.venv/peers/bin/python
+    gemma2-fast bench peers --prepare DIRECTORY --size 2b --peer-python openvino=.venv/peers/bin/python
+    gemma2-fast bench peers --prepare DIRECTORY --size 27b --quantization int4
 
-Prints the medians over the rounds and their ratios. Peers are not installed with the package: the [bench] extra names
-llama-cpp-python, the [test] extra transformers.
+Every engine is a process of its own with its model loaded once; while one computes, the others sleep, which is checked.
+A round gives each work to each engine, and the machine's limits are measured before and after every run. Reported are
+medians over the rounds, and the median of the rounds' ratios. A peer that runs our very file must agree with us on the
+likeliest tokens before it is timed. Among a peer's options, env.NAME=VALUE sets a variable of its environment.
+How peers are installed and their models made: bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
+import itertools
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from gemma2_fast import _core
+from gemma2_fast.bench import traffic
+from gemma2_fast.bench.command import add_json, counts, key_values, main, positive
+from gemma2_fast.bench.engines import OURS, PEERS, Engine, EngineSpec, wait_until_idle
+from gemma2_fast.bench.machine import Ceilings, best_rates
+from gemma2_fast.bench.model_options import add_model_options, describe, model_path, options_of, our_engine
+from gemma2_fast.bench.prepare import SIZES, prepare
+from gemma2_fast.bench.record import Row, record, write_record
+from gemma2_fast.bench.rounds import Sample, Work, alternate, longest
+from gemma2_fast.errors import BackendError, RequestError
 
-from gemma2_fast.weights.demo import DEMO_MODEL, demo_model_path
-
-Ids = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Evaluate a prompt of random ids, then decode one sequence greedily."""
-
-    model: str
-    prompt_tokens: int
-    decode_tokens: int
-    num_threads: int
-
-    def prompt(self) -> Ids:
-        return np.random.default_rng(0).integers(300, 200_000, self.prompt_tokens)
-
-
-@dataclass(frozen=True)
-class Result:
-    """load_s: until the first prompt can be submitted; peak_bytes: resident memory of the process at its highest."""
-
-    load_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    peak_bytes: int
+LIMIT_SECONDS = 0.05  # spent on each limit between two runs
+# Prompts whose likeliest next tokens must agree; logits this near to each other count as a tie.
+CHECKED_TEXT = (
+    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or "
+    "twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it"
+)
+CHECKED_PREFIXES = 6
+TIE = 0.5
 
 
-def run_gemma2_fast(work: Work) -> Result:
-    from gemma2_fast import Generator
-
-    start = time.perf_counter()
-    max_seq_len = work.prompt_tokens + work.decode_tokens + 1
-    with Generator.from_pretrained(
-        work.model, num_threads=work.num_threads, max_seq_len=max_seq_len, max_batch_size=1, progress=False
-    ) as gen:
-        load_s = time.perf_counter() - start
-        ids = work.prompt().tolist()
-        gen.generate(ids[:16], max_tokens=2, ignore_eos=True)
-        timings = gen.generate(ids, max_tokens=work.decode_tokens + 1, temperature=0, ignore_eos=True).timings
-    return Result(load_s, timings.prefill_tokens_per_second, timings.decode_tokens_per_second, peak_bytes())
+def parse_peer(text: str) -> tuple[str, str, dict[str, str]]:
+    """KIND=MODEL[,KEY=VALUE…]"""
+    kind, _, rest = text.partition("=")
+    model, *options = rest.split(",")
+    if kind not in PEERS or not model:
+        raise argparse.ArgumentTypeError(f"expected KIND=MODEL with a KIND of {', '.join(PEERS)}, got {text!r}")
+    return kind, model, key_values(options)
 
 
-def run_llama_cpp(work: Work) -> Result:
-    import llama_cpp
-
-    start = time.perf_counter()
-    llama_cpp.llama_backend_init()
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(None))
-    model = llama_cpp.llama_model_load_from_file(
-        str(model_file(work.model)).encode(), llama_cpp.llama_model_default_params()
-    )
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = work.prompt_tokens + work.decode_tokens + 64
-    params.n_batch = params.n_ubatch = 512
-    params.n_threads = params.n_threads_batch = work.num_threads
-    context = llama_cpp.llama_init_from_model(model, params)
-    load_s = time.perf_counter() - start
-
-    def evaluate(ids: Ids) -> int:
-        for first in range(0, len(ids), 512):
-            tokens = np.ascontiguousarray(ids[first : first + 512], dtype=np.int32)  # the batch only points at them
-            pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(pointer, len(tokens))):
-                raise RuntimeError("llama_decode failed")
-        vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(vocab_size,))
-        return int(logits.argmax())
-
-    memory = llama_cpp.llama_get_memory(context)
-    return _timed(work, load_s, evaluate, lambda: llama_cpp.llama_memory_clear(memory, True))
+def parse_python(text: str) -> tuple[str, str]:
+    ((kind, python),) = key_values([text]).items()
+    if kind not in PEERS:
+        raise argparse.ArgumentTypeError(f"expected KIND=PYTHON with a KIND of {', '.join(PEERS)}, got {text!r}")
+    return kind, python
 
 
-def run_transformers(work: Work) -> Result:
-    import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
-
-    start = time.perf_counter()
-    torch.set_num_threads(work.num_threads)
-    model = AutoModelForCausalLM.from_pretrained(work.model, dtype="auto")
-    model.train(False)
-    load_s = time.perf_counter() - start
-    cache = [DynamicCache(config=model.config)]
-
-    def evaluate(ids: Ids) -> int:
-        with torch.no_grad():
-            out = model(torch.from_numpy(ids)[None], past_key_values=cache[0], use_cache=True, logits_to_keep=1)
-        return int(out.logits[0, -1].argmax())
-
-    def clear() -> None:
-        cache[0] = DynamicCache(config=model.config)
-
-    return _timed(work, load_s, evaluate, clear)
+def peer_engines(args: argparse.Namespace, max_batch: int, max_context: int) -> list[EngineSpec]:
+    pythons = {"": sys.executable, **dict(args.peer_python)}
+    specs: list[EngineSpec] = []
+    for kind, model, options in args.peer:
+        environment = {key[4:]: value for key, value in options.items() if key.startswith("env.")}
+        settings = {
+            "model": model_path(model),
+            "threads": args.threads,
+            "max_batch": max_batch,
+            "max_context": max_context,
+            "options": {key: value for key, value in options.items() if not key.startswith("env.")},
+        }
+        label = ",".join([kind, *(f"{key}={value}" for key, value in options.items())])
+        if label in {spec.label for spec in specs}:
+            label += f" {Path(model).name}"
+        specs.append(EngineSpec(label, kind, settings, pythons.get(kind, sys.executable), environment))
+    return specs
 
 
-def _timed(work: Work, load_s: float, evaluate: Callable[[Ids], int], clear: Callable[[], None]) -> Result:
-    """Warm up, then time the prompt and the decoding of an engine that `evaluate` appends to."""
-    ids = work.prompt()
-    evaluate(ids[:16])
-    clear()
-    start = time.perf_counter()
-    token = evaluate(ids)
-    prefill_s = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in range(work.decode_tokens):
-        token = evaluate(np.array([token]))
-    decode_s = time.perf_counter() - start
-    return Result(load_s, work.prompt_tokens / prefill_s, work.decode_tokens / decode_s, peak_bytes())
+def check_equal(ours: Engine, peer: Engine) -> str:
+    """What was compared; BackendError when the likeliest next tokens differ by more than a tie."""
+    if peer.spec.settings["model"] != model_path(str(ours.spec.settings["model"])):
+        return "not compared: other weights"
+    ids = ours.encode(CHECKED_TEXT)
+    lengths = [len(ids) * (part + 1) // CHECKED_PREFIXES for part in range(CHECKED_PREFIXES)]
+    for length in lengths:
+        mine, theirs = ours.likeliest(ids[:length]), peer.likeliest(ids[:length])
+        if not agree(mine, theirs):
+            raise BackendError(
+                f"{peer.spec.label} is not timed: after {length} tokens of the same file its likeliest are {theirs}, "
+                f"ours {mine}"
+            )
+    return f"the likeliest tokens after {CHECKED_PREFIXES} prompts are the same"
 
 
-def model_file(model: str) -> Path:
-    return demo_model_path(progress=False) if model == DEMO_MODEL else Path(model)
+def agree(mine: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> bool:
+    """The same first token, or each one's first a near second of the other."""
+
+    def near(first: int, others: Sequence[tuple[int, float]]) -> bool:
+        return dict(others).get(first, float("-inf")) >= others[0][1] - TIE
+
+    return mine[0][0] == theirs[0][0] or (near(mine[0][0], theirs) and near(theirs[0][0], mine))
 
 
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+def model_bytes(spec: EngineSpec) -> int:
+    """Of a peer's weights as they lie on disk: what its decode step reads."""
+    path = Path(str(spec.settings["model"]))
+    names = {"openvino": "openvino_model.bin", "ctranslate2": "model.bin", "transformers": "*.safetensors"}
+    files = [path] if path.is_file() else sorted(path.glob(names.get(spec.kind, "*")))
+    return sum(file.stat().st_size for file in files)
 
 
-ENGINES = {"gemma2_fast": run_gemma2_fast, "llama_cpp": run_llama_cpp, "transformers": run_transformers}
+def rows_of(samples: Sequence[Sample], step_bytes: dict[str, float], token_operations: float) -> list[Row]:
+    """A row for each work and engine, ours first; ratio: ours to theirs in speed, the median of the rounds' ratios."""
+    rows = []
+    for work in dict.fromkeys(sample.work for sample in samples):
+        runs: dict[str, list[Sample]] = {}
+        for sample in samples:
+            if sample.work == work:
+                runs.setdefault(sample.engine, []).append(sample)
+        ours = runs[OURS]
+        for engine in sorted(runs, key=lambda name: name != OURS):
+            found = runs[engine]
+            limit = "int8_operations" if work.kind == "prefill" else "read_bytes"
+            units = work.tokens * token_operations if work.kind == "prefill" else work.steps * step_bytes[engine]
+            rows.append(
+                {
+                    "work": work.kind,
+                    "context": work.context,
+                    "batch": work.batch,
+                    "steps": work.steps,
+                    "engine": engine,
+                    "seconds": [sample.seconds for sample in found],
+                    "tokens_per_s": statistics.median(work.tokens / sample.seconds for sample in found),
+                    "ratio": statistics.median(b.seconds / a.seconds for a, b in zip(ours, found, strict=True)),
+                    "percent": {
+                        limit: statistics.median(units / s.seconds / 1e7 / s.limits[limit] for s in found),
+                    },
+                    "limits": {
+                        name: statistics.median(sample.limits[name] for sample in found) for name in found[0].limits
+                    },
+                }
+            )
+    return rows
 
 
-def run_apart(engine: str, work: Work) -> Result:
-    """Run one engine in a fresh process."""
-    command = [sys.executable, "-m", __spec__.name, "--worker", engine, json.dumps(asdict(work))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{engine} failed:\n{done.stderr[-2000:]}")
-    return Result(**json.loads(done.stdout.splitlines()[-1]))
+def print_rows(rows: Sequence[Row]) -> None:
+    width = max(len(row["engine"]) for row in rows)
+    for _, group in itertools.groupby(rows, key=lambda row: (row["work"], row["context"], row["batch"])):
+        for index, row in enumerate(group):
+            if index == 0:
+                limits = row["limits"]
+                name = Work(row["work"], row["context"], row["batch"]).name
+                print(
+                    f"{name}   (limits: {limits['read_bytes']:.1f} GB/s, {limits['int8_operations']:.0f} int8 GOP/s, "
+                    f"{limits['float32_operations']:.0f} GFLOP/s)"
+                )
+            ((limit, percent),) = row["percent"].items()
+            what = "of the int8 peak" if limit == "int8_operations" else "of the read bandwidth"
+            ratio = "" if row["engine"] == OURS else f"   ours is {row['ratio']:.2f} x"
+            print(f"  {row['engine']:{width}} {row['tokens_per_s']:9.2f} tokens/s  {percent:4.0f} % {what}{ratio}")
 
 
-def compare(work: Work, peer: str, rounds: int) -> dict[str, Any]:
-    """Alternate the engines and reduce each figure to its median over the rounds."""
-    results: dict[str, list[Result]] = {"gemma2_fast": [], peer: []}
-    for _ in range(rounds):
-        for engine, found in results.items():
-            found.append(run_apart(engine, work))
-    medians = {
-        engine: {name: statistics.median(getattr(r, name) for r in found) for name in Result.__annotations__}
-        for engine, found in results.items()
-    }
-    ratios = {
-        name: statistics.median(getattr(a, name) / getattr(b, name) for a, b in zip(*results.values(), strict=True))
-        for name in Result.__annotations__
-    }
-    return {"work": asdict(work), "rounds": rounds, "medians": medians, "ratios": ratios}
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    for action in parser._actions:
+        if action.dest == "model":
+            action.nargs = "?"
+    add = parser.add_argument
+    add("--peer", type=parse_peer, action="append", default=[], metavar="KIND=MODEL[,KEY=VALUE…]", help="repeatable")
+    add("--peer-python", type=parse_python, action="append", default=[], metavar="KIND=PYTHON", help="repeatable")
+    add("--prompt", type=positive, default=512, help="tokens of the prefill (default: 512)")
+    add("--context", type=positive, default=64, help="prompt before decoding (default: 64)")
+    add("--batches", type=counts, default=[1, 8], metavar="N,N", help="default: 1,8")
+    add("--steps", type=positive, default=32, help="decoded tokens of each sequence (default: 32)")
+    add("--rounds", type=positive, default=5, help="default: 5")
+    add("--prepare", type=Path, metavar="DIRECTORY", help="make random models there, and stop")
+    add("--size", choices=list(SIZES), default="2b", help="of what --prepare makes (default: 2b)")
+    add_json(parser)
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(asdict(ENGINES[sys.argv[2]](Work(**json.loads(sys.argv[3]))))))
+def run(args: argparse.Namespace) -> None:
+    if args.prepare is not None:
+        prepare(args.prepare, args.size, dict(args.peer_python), args.quantization)
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help='a GGUF file, a checkpoint directory or "gemma-3-270m"')
-    parser.add_argument("--peer", choices=[name for name in ENGINES if name != "gemma2_fast"], required=True)
-    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens (default: 512)")
-    parser.add_argument("--decode", type=int, default=32, help="decoded tokens (default: 32)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    found = compare(Work(args.model, args.prompt, args.decode, args.threads), args.peer, args.rounds)
+    if args.model is None or not args.peer:
+        raise RequestError("give our MODEL and at least one --peer KIND=MODEL, or --prepare DIRECTORY")
+    description = describe(args)
+    cache, spec = traffic.cache_of(description), description.checkpoint.spec
+    works = [Work("prefill", args.prompt)]
+    works += [Work("decode", args.context, batch, args.steps) for batch in args.batches]
+    max_batch, max_context = max(args.batches), longest(works, spec.max_positions)
+    specs = [our_engine(args, max_batch, max_context), *peer_engines(args, max_batch, max_context)]
+    ceilings = Ceilings.of(_core.Ops(args.instruction_set or "auto", args.threads))
+
+    with ExitStack() as stack:
+        engines = {engine_spec.label: stack.enter_context(Engine(engine_spec)) for engine_spec in specs}
+        checks = {label: check_equal(engines[OURS], engine) for label, engine in engines.items() if label != OURS}
+        for label, check in checks.items():
+            print(f"{label}: {check}")
+        samples = collect(engines, works, args.rounds, lambda: best_rates(ceilings, LIMIT_SECONDS))
+    step_bytes = {label: float(model_bytes(engine.spec)) for label, engine in engines.items()}
+    step_bytes[OURS] = traffic.weight_bytes(description, args.quantization) + traffic.kv_bytes(cache, args.context)
+    rows = rows_of(samples, step_bytes, traffic.block_operations(spec))
+    print_rows(rows)
     if args.json:
-        print(json.dumps(found, indent=1))
-        return
-    print(f"{'median of ' + str(args.rounds):28}{'gemma2_fast':>14}{args.peer:>14}{'ratio':>8}")
-    for name, label, scale in (
-        ("load_s", "load, s", 1),
-        ("prefill_tokens_per_s", f"prefill {args.prompt}, tokens/s", 1),
-        ("decode_tokens_per_s", "decode, tokens/s", 1),
-        ("peak_bytes", "peak memory, MB", 1e-6),
-    ):
-        ours, theirs = (found["medians"][engine][name] * scale for engine in ("gemma2_fast", args.peer))
-        print(f"{label:28}{ours:14.2f}{theirs:14.2f}{found['ratios'][name]:8.2f}")
+        settings = {
+            "model": str(args.model),
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "options": options_of(args),
+            "engines": {
+                label: {
+                    "kind": engine.spec.kind,
+                    "model": Path(str(engine.spec.settings["model"])).name,
+                    "options": engine.spec.settings["options"],
+                    "environment": dict(engine.spec.environment),
+                    "load_s": engine.load_s,
+                    "peak_bytes": engine.peak_bytes,
+                    "bytes_per_step": step_bytes[label],
+                    "check": checks.get(label),
+                }
+                for label, engine in engines.items()
+            },
+        }
+        versions = {name: version for engine in engines.values() for name, version in engine.versions.items()}
+        write_record(args.json, record("peers", settings, rows, versions))
+
+
+def collect(
+    engines: dict[str, Engine], works: Sequence[Work], rounds: int, limits: Callable[[], dict[str, float]]
+) -> list[Sample]:
+    """Samples of all rounds; what comes before them, once each, warms caches and compiles what engines compile late."""
+    idle = list(engines.values())
+    for engine in idle:
+        for work in works:
+            work.seconds(engine)
+            wait_until_idle(idle)
+    samples = []
+    turns = alternate(dict(engines), works, rounds, limits=limits, settle=lambda: wait_until_idle(idle))
+    for sample in turns:
+        rate = sample.work.tokens / sample.seconds
+        what = f"{sample.work.name:32} {sample.engine:40}"
+        print(f"  round {sample.round_index + 1}: {what} {rate:10.2f} tokens/s", flush=True)
+        samples.append(sample)
+    return samples
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(__doc__, add_arguments, run))
