@@ -35,7 +35,7 @@ std::optional<TokenEvent> LogitsReader::read(const Chunk& chunk, std::span<const
                               "the logits after token " + std::to_string(position) +
                                   " hold NaN or +inf, or nothing above -inf: the weights or the cache are damaged");
         const bool next = sequence.wants_next_token(position);
-        if (sequence.wants_prompt_row(position)) read_prompt_row(sequence, values, event);
+        if (sequence.wants_prompt_row(position)) read_prompt_row(sequence, event);
         if (next) read_next_token(sequence, event);
         if (event.finish_reason == FinishReason::kError) return event;
     }
@@ -47,10 +47,10 @@ std::optional<TokenEvent> LogitsReader::read(const Chunk& chunk, std::span<const
     return event;
 }
 
-void LogitsReader::read_prompt_row(Sequence& sequence, std::span<const float> row, TokenEvent& event) {
+void LogitsReader::read_prompt_row(Sequence& sequence, TokenEvent& event) {
     const int64_t position = sequence.next_prompt_row++;
     if (sequence.request.logits_out)
-        std::ranges::copy(row, sequence.request.logits_out->begin() + position * vocab_size_);
+        sampler_.copy_values(sequence.request.logits_out->subspan(position * vocab_size_, vocab_size_));
     if (sequence.request.num_prompt_logprobs && position + 1 < sequence.num_prompt)
         event.prompt_logprobs.push_back(
             sampler_.logprob(sequence.token_ids[position + 1], *sequence.request.num_prompt_logprobs));

@@ -16,14 +16,15 @@ TokenEvent last_event(int64_t sequence_id, FinishReason reason, std::string mess
 // gives the next one.
 class LogitsReader {
   public:
-    explicit LogitsReader(const Limits& limits) : vocab_size_(limits.vocab_size), sampler_(limits.vocab_size) {}
+    explicit LogitsReader(const Limits& limits)
+        : vocab_size_(limits.vocab_size), sampler_(limits.vocab_size, limits.final_softcap) {}
 
-    // Advances chunk.sequence past its chunk. logits: [L, V] of the whole step.
+    // Advances chunk.sequence past its chunk. logits: [L, V] of the whole step, without the final soft cap.
     // None: the step told nothing about this sequence that anybody waits for.
     std::optional<TokenEvent> read(const Chunk& chunk, std::span<const float> logits);
 
   private:
-    void read_prompt_row(Sequence& sequence, std::span<const float> row, TokenEvent& event);
+    void read_prompt_row(Sequence& sequence, TokenEvent& event);
     void read_next_token(Sequence& sequence, TokenEvent& event);
 
     int64_t vocab_size_;

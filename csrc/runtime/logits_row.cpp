@@ -1,50 +1,17 @@
 #include "runtime/logits_row.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
+
+#include "runtime/row_math.h"
 
 namespace gemma2_fast {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-// Four floats of any x86-64 or ARM processor; loops over rows are written with them because compilers keep ordered
-// reductions and the exponential below scalar.
-using Floats = float __attribute__((vector_size(16)));
-using Ints = int32_t __attribute__((vector_size(16)));
-constexpr int64_t kLanes = 4;
 constexpr int64_t kUnroll = 4;  // independent partial results, which hide each operation's latency
-
-inline Floats load(const float* from) {
-    Floats values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
-}
-
-// Float and Int are float and int32_t, or the vectors of them: one formula, the same bits.
-template <typename Float, typename Int>
-inline Float exp_series(Float x) {
-    const Float smallest = Float{} - 87.0f;
-    constexpr float kLog2E = 1.44269504f;
-    constexpr float kLn2High = 0.693145752f;  // few bits, so that n * kLn2High is exact
-    constexpr float kLn2Low = 1.42860677e-6f;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    const Float clamped = x > smallest ? x : smallest;
-    const Float shifted = clamped * kLog2E + kRound;
-    const Float n = shifted - kRound;
-    const Float r = (clamped - n * kLn2High) - n * kLn2Low;  // |r| <= log(2) / 2
-    Float p = r * (1.0f / 5040) + 1.0f / 720;                // the series up to r^7 leaves 5e-9
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const Float scaled = std::bit_cast<Float>(std::bit_cast<Int>(p) + (std::bit_cast<Int>(shifted) << 23));
-    return x > smallest ? scaled : Float{};
-}
 
 struct BlockScan {
     float largest = kMinusInfinity;
@@ -61,9 +28,9 @@ BlockScan scan_block(const float* logits, int64_t count) {
     }
     BlockScan result;
     int64_t i = 0;
-    for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes)
+    for (; i + kUnroll * kRowLanes <= count; i += kUnroll * kRowLanes)
         for (int64_t u = 0; u < kUnroll; ++u) {
-            const Floats x = load(logits + i + u * kLanes);
+            const Floats x = load_floats(logits + i + u * kRowLanes);
             largest[u] = x > largest[u] ? x : largest[u];
             good[u] &= x <= kLargestFloat;
         }
@@ -75,7 +42,7 @@ BlockScan scan_block(const float* logits, int64_t count) {
         largest[0] = largest[u] > largest[0] ? largest[u] : largest[0];
         good[0] &= good[u];
     }
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (int64_t lane = 0; lane < kRowLanes; ++lane) {
         result.largest = std::max(result.largest, largest[0][lane]);
         result.bad |= good[0][lane] == 0;
     }
@@ -84,9 +51,10 @@ BlockScan scan_block(const float* logits, int64_t count) {
 
 }  // namespace
 
-void LogitsRow::scan(std::span<const float> logits) {
+void LogitsRow::scan(std::span<const float> logits, std::optional<float> softcap) {
     logits_ = logits;
-    largest_ = kMinusInfinity;
+    softcap_ = softcap;
+    largest_logit_ = kMinusInfinity;
     bad_ = false;
     const auto size = static_cast<int64_t>(logits.size());
     block_largest_.resize((size + kBlock - 1) / kBlock);
@@ -94,28 +62,49 @@ void LogitsRow::scan(std::span<const float> logits) {
         const int64_t begin = static_cast<int64_t>(b) * kBlock;
         const BlockScan block = scan_block(logits.data() + begin, std::min(kBlock, size - begin));
         block_largest_[b] = block.largest;
-        largest_ = std::max(largest_, block.largest);
+        largest_logit_ = std::max(largest_logit_, block.largest);
         bad_ |= block.bad;
     }
 }
 
-bool LogitsRow::has_tokens() const { return largest_ > kMinusInfinity; }
+bool LogitsRow::has_tokens() const { return largest_logit_ > kMinusInfinity; }
 
 int32_t LogitsRow::argmax() const {
-    const auto block = std::ranges::find(block_largest_, largest_) - block_largest_.begin();
-    return static_cast<int32_t>(std::find(logits_.begin() + block * kBlock, logits_.end(), largest_) - logits_.begin());
+    const auto block = std::ranges::find(block_largest_, largest_logit_) - block_largest_.begin();
+    const auto first = logits_.begin() + block * kBlock;
+    return static_cast<int32_t>(std::find(first, logits_.end(), largest_logit_) - logits_.begin());
+}
+
+float LogitsRow::value(float logit) const {
+    return softcap_ ? softcap_series<float, int32_t>(logit, *softcap_) : logit;
+}
+
+void LogitsRow::copy_values(std::span<float> out) const {
+    if (!softcap_) {
+        std::ranges::copy(logits_, out.begin());
+        return;
+    }
+    std::size_t i = 0;
+    for (; i + kRowLanes <= logits_.size(); i += kRowLanes) {
+        const Floats values = softcap_series<Floats, Ints>(load_floats(logits_.data() + i), *softcap_);
+        std::memcpy(out.data() + i, &values, sizeof values);
+    }
+    for (; i < logits_.size(); ++i) out[i] = value(logits_[i]);
 }
 
 void LogitsRow::block_weights(int64_t block, float temperature, float (&weights)[kBlock]) const {
     const int64_t begin = block * kBlock;
     const int64_t count = std::min<int64_t>(kBlock, static_cast<int64_t>(logits_.size()) - begin);
     const float* logits = logits_.data() + begin;
+    const float largest_value = largest();
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const Floats weight = exp_series<Floats, Ints>((load(logits + i) - largest_) / temperature);
+    for (; i + kRowLanes <= count; i += kRowLanes) {
+        Floats x = load_floats(logits + i);
+        if (softcap_) x = softcap_series<Floats, Ints>(x, *softcap_);
+        const Floats weight = exp_series<Floats, Ints>((x - largest_value) / temperature);
         std::memcpy(weights + i, &weight, sizeof weight);
     }
-    for (; i < count; ++i) weights[i] = exp_series<float, int32_t>((logits[i] - largest_) / temperature);
+    for (; i < count; ++i) weights[i] = exp_series<float, int32_t>((value(logits[i]) - largest_value) / temperature);
     std::fill(weights + i, weights + kBlock, 0.0f);
 }
 
@@ -125,24 +114,38 @@ double LogitsRow::sum_weights(float temperature) const {
     for (std::size_t b = 0; b < block_largest_.size(); ++b) {
         block_weights(static_cast<int64_t>(b), temperature, weights);
         Floats partial = {};
-        for (int64_t i = 0; i < kBlock; i += kLanes) partial += load(weights + i);
-        for (int64_t lane = 0; lane < kLanes; ++lane) sum += partial[lane];
+        for (int64_t i = 0; i < kBlock; i += kRowLanes) partial += load_floats(weights + i);
+        for (int64_t lane = 0; lane < kRowLanes; ++lane) sum += partial[lane];
     }
     return sum;
 }
 
-double LogitsRow::log_normaliser() const { return largest_ + std::log(sum_weights(1)); }
+double LogitsRow::log_normaliser() const { return largest() + std::log(sum_weights(1)); }
+
+// A logit below which no value reaches the floor.
+float LogitsRow::least_logit(float floor) const {
+    if (!softcap_) return floor;
+    constexpr double kSlack = 1e-6;  // more than a capped value's error
+    const double ratio = static_cast<double>(floor) / *softcap_ - kSlack;
+    if (ratio <= -1) return kMinusInfinity;
+    if (ratio >= 1) return largest_logit_;
+    return std::min(largest_logit_, static_cast<float>(*softcap_ * std::atanh(ratio)));
+}
 
 void LogitsRow::at_least(float floor, float temperature, std::vector<Candidate>& out) const {
+    from_logit(least_logit(floor), temperature, out);
+}
+
+void LogitsRow::from_logit(float least, float temperature, std::vector<Candidate>& out) const {
     out.clear();
     float weights[kBlock];
     for (std::size_t b = 0; b < block_largest_.size(); ++b) {
-        if (block_largest_[b] < floor) continue;
+        if (block_largest_[b] < least) continue;
         block_weights(static_cast<int64_t>(b), temperature, weights);
         const std::size_t begin = b * kBlock;
         const std::size_t end = std::min(begin + kBlock, logits_.size());
         for (std::size_t i = begin; i < end; ++i)
-            if (logits_[i] >= floor && logits_[i] > kMinusInfinity)
+            if (logits_[i] >= least && logits_[i] > kMinusInfinity)
                 out.push_back({static_cast<int32_t>(i), logits_[i], weights[i - begin]});
     }
 }
@@ -152,13 +155,13 @@ void LogitsRow::first(int64_t count, float temperature, std::vector<Candidate>& 
     if (count <= 0) return;
     // At least `count` blocks have a member as large as the count-th largest of their maxima, so no smaller logit
     // counts.
-    float floor = kMinusInfinity;
+    float least = kMinusInfinity;
     if (count < static_cast<int64_t>(block_largest_.size())) {
         order_ = block_largest_;
         std::ranges::nth_element(order_, order_.begin() + (count - 1), std::ranges::greater{});
-        floor = order_[count - 1];
+        least = order_[count - 1];
     }
-    at_least(floor, temperature, out);
+    from_logit(least, temperature, out);
     if (static_cast<int64_t>(out.size()) <= count) return;
     scratch_ = out;
     std::ranges::nth_element(scratch_, scratch_.begin() + (count - 1), comes_first);

@@ -55,6 +55,9 @@ void check_limits(const Limits& limits) {
     for (const auto& [name, value] : members)
         if (value < 1 || value > std::numeric_limits<int32_t>::max())
             throw CapacityError(std::string(name) + " must be between 1 and 2^31 - 1, got " + std::to_string(value));
+    if (limits.final_softcap && !(std::isfinite(*limits.final_softcap) && *limits.final_softcap > 0))
+        throw BackendError("the final soft cap must be positive and finite, got " +
+                           std::to_string(*limits.final_softcap));
 }
 
 void check_request(const Request& request, const Limits& limits) {

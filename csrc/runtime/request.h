@@ -30,16 +30,17 @@ struct Request {
     SamplingParams sampling;
     std::optional<int64_t> num_logprobs;         // alternatives a generated token; 0: the chosen token's alone
     std::optional<int64_t> num_prompt_logprobs;  // the same for every prompt token after the first
-    std::optional<std::span<float>> logits_out;  // [T, V]: receives the raw logits of every prompt token
+    std::optional<std::span<float>> logits_out;  // [T, V]: receives the capped logits of every prompt token
     std::shared_ptr<void> logits_owner;          // keeps logits_out alive
 };
 
 struct Limits {
     int64_t max_running_sequences = 0;
     int64_t max_step_tokens = 0;
-    int64_t max_seq_len = 0;      // prompt and generated tokens
-    int64_t max_logits_rows = 0;  // rows of logits a step
-    int64_t vocab_size = 0;       // V
+    int64_t max_seq_len = 0;             // prompt and generated tokens
+    int64_t max_logits_rows = 0;         // rows of logits a step
+    int64_t vocab_size = 0;              // V
+    std::optional<float> final_softcap;  // the model's, which its step leaves to whoever reads the logits
 };
 
 void check_limits(const Limits& limits);                           // throws CapacityError

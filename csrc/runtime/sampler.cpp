@@ -30,11 +30,11 @@ double uniform_draw(uint64_t seed, uint64_t token_index) {
     return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-Sampler::Sampler(int64_t vocab_size) : adjusted_logits_(vocab_size), count_(vocab_size) {}
+Sampler::Sampler(int64_t vocab_size, std::optional<float> softcap)
+    : softcap_(softcap), adjusted_logits_(vocab_size), count_(vocab_size) {}
 
 bool Sampler::scan(std::span<const float> logits) {
-    logits_ = logits;
-    raw_.scan(logits);
+    raw_.scan(logits, softcap_);
     return !raw_.has_bad_values() && raw_.has_tokens();
 }
 
@@ -45,18 +45,18 @@ TokenLogprob Sampler::logprob(int32_t token_id, int64_t num_top) {
     std::ranges::sort(candidates_, comes_first);
     result.top.reserve(candidates_.size());
     for (const Candidate& candidate : candidates_)
-        result.top.emplace_back(candidate.token_id, static_cast<float>(candidate.logit - normaliser));
+        result.top.emplace_back(candidate.token_id, static_cast<float>(raw_.value(candidate.logit) - normaliser));
     return result;
 }
 
 std::optional<int32_t> Sampler::choose(const Sequence& sequence) {
     const auto token_index = static_cast<uint64_t>(sequence.num_generated());
     if (!adjust(sequence)) return draw(raw_, sequence.request.sampling, token_index);
-    adjusted_.scan(adjusted_logits_);
+    adjusted_.scan(adjusted_logits_, std::nullopt);
     return draw(adjusted_, sequence.request.sampling, token_index);
 }
 
-// Writes the row as bias, penalties and masks leave it to adjusted_logits_; false if they leave it as it is.
+// Writes the capped row as bias, penalties and masks leave it to adjusted_logits_; false if they leave it as it is.
 bool Sampler::adjust(const Sequence& sequence) {
     const SamplingParams& params = sequence.request.sampling;
     const bool repeats = params.repetition_penalty != 1;
@@ -64,7 +64,7 @@ bool Sampler::adjust(const Sequence& sequence) {
     const bool masks = sequence.num_generated() < params.min_tokens;
     if (params.logit_bias.empty() && !repeats && !counts && !masks) return false;
 
-    std::ranges::copy(logits_, adjusted_logits_.begin());
+    raw_.copy_values(adjusted_logits_);  // bias and penalties may lift a logit past the cap, where none is left
     for (const auto& [token_id, bias] : params.logit_bias) adjusted_logits_[token_id] += bias;
     if (repeats) {
         for (int32_t id : sequence.token_ids) {
@@ -99,7 +99,7 @@ std::optional<int32_t> Sampler::draw(LogitsRow& row, const SamplingParams& param
         total = row.sum_weights(temperature);
         // Tokens below (1 - top_p) / V of the weight are together below 1 - top_p, so none is needed; halved for
         // rounding.
-        const double least = (1 - params.top_p) * total / static_cast<double>(logits_.size()) / 2;
+        const double least = (1 - params.top_p) * total / static_cast<double>(adjusted_logits_.size()) / 2;
         row.at_least(static_cast<float>(row.largest() + temperature * std::log(least)), temperature, candidates_);
     } else {
         const double least = params.min_p / 2;  // its own test comes below; log(0) keeps everything

@@ -15,13 +15,17 @@ namespace gemma2_fast {
 // whatever shares its batch and however often it is preempted.
 double uniform_draw(uint64_t seed, uint64_t token_index);
 
-// Turns rows of raw logits [V] into tokens. One row at a time: scan, then ask. Buffers are reused from row to row.
+// Turns rows of logits [V] into tokens. One row at a time: scan, then ask. Buffers are reused from row to row.
+// softcap: the model's final cap, which the rows still lack. Greedy choice needs none of it, top-k caps k logits, and
+// whatever sums over the row or changes logits caps all.
 class Sampler {
   public:
-    explicit Sampler(int64_t vocab_size);
+    Sampler(int64_t vocab_size, std::optional<float> softcap);
 
     // Borrows the row. False if it holds NaN or +inf, or nothing above -inf.
     bool scan(std::span<const float> logits);
+
+    void copy_values(std::span<float> out) const { raw_.copy_values(out); }  // the scanned row, capped
 
     // The log-probability of a token of the scanned row, and of the num_top likeliest.
     TokenLogprob logprob(int32_t token_id, int64_t num_top);
@@ -35,9 +39,9 @@ class Sampler {
     std::optional<int32_t> draw(LogitsRow& row, const SamplingParams& params, uint64_t token_index);
     void keep_nucleus(double target);
 
+    std::optional<float> softcap_;
     LogitsRow raw_;
     LogitsRow adjusted_;
-    std::span<const float> logits_;
     std::vector<float> adjusted_logits_;
     std::vector<int32_t> count_;  // [V], all zero between uses
     std::vector<Candidate> candidates_;
