@@ -53,5 +53,49 @@ inline F32 gelu_tanh(F32 x) {
     return div(x, add(broadcast(1.0f), e));
 }
 
+// 2^r for r in [-0.5, 0.5]: relative error below 1.5e-7 (minimax fit of degree 5, and rounding).
+inline F32 exp2_fraction(F32 r) {
+    F32 p = fma(broadcast(0x1.5c08e6p-10f), r, broadcast(0x1.3d0c54p-7f));
+    p = fma(p, r, broadcast(0x1.c6b6e4p-5f));
+    p = fma(p, r, broadcast(0x1.ebf918p-3f));
+    p = fma(p, r, broadcast(0x1.62e428p-1f));
+    return fma(p, r, broadcast(0x1.000002p+0f));
+}
+
+// 2^(k tanh(y)) for k in [0, 100], without a subtraction that could cancel. tanh(y) = y P(y^2) / Q(y^2) within 1.5e-8
+// (minimax fit), and 1 beyond 8.7; the numerator's coefficients hold k. The error is that of rounding the exponent:
+// relative 1e-7 (2 + k |tanh(y)|).
+class CappedExp2 {
+  public:
+    explicit CappedExp2(float k) {
+        constexpr float kUnit[5] = {1.0f, 0x1.12710ep-3f, 0x1.cd3598p-9f, 0x1.60381cp-16f, 0x1.dd85a2p-27f};
+        for (int i = 0; i < 5; ++i) numerator_[i] = k * kUnit[i];
+    }
+
+    F32 exponent(F32 y) const {
+        y = max(broadcast(-8.7f), min(broadcast(8.7f), y));  // constants first: NaN passes
+        const F32 z = mul(y, y);
+        F32 p = fma(broadcast(numerator_[4]), z, broadcast(numerator_[3]));
+        p = fma(p, z, broadcast(numerator_[2]));
+        p = fma(p, z, broadcast(numerator_[1]));
+        p = fma(p, z, broadcast(numerator_[0]));
+        F32 q = fma(broadcast(0x1.ad4ffp-21f), z, broadcast(0x1.5c82acp-12f));
+        q = fma(q, z, broadcast(0x1.a968bap-6f));
+        q = fma(q, z, broadcast(0x1.de8dd4p-2f));
+        q = fma(q, z, broadcast(1.0f));
+        return div(mul(y, p), q);
+    }
+
+    F32 operator()(F32 y) const {
+        const F32 t = exponent(y);
+        const F32 n = round_to_nearest(t);
+        // The clamp changes no number; it keeps a NaN away from the conversion to an integer.
+        return scale_by_power_of_two(exp2_fraction(sub(t, n)), max(n, broadcast(-126.0f)));
+    }
+
+  private:
+    float numerator_[5];
+};
+
 }  // namespace
 GEMMA2_FAST_END_ISA

@@ -8,7 +8,9 @@ from gemma2_fast.errors import CapacityError
 from gemma2_fast.spec import AttentionSpec, ModelSpec, RecurrentSpec
 
 PAGE_TOKENS = 32  # P, as in csrc/cpu/kernels.h: two vectors of sixteen keys
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+SCALE_BYTES = 4  # an int8 page has a float32 scale for every token's key and for its value
+ROW_ELEMENTS = 32  # head_dim is filled up to a multiple
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class PagedKv:
 
     def block_bytes(self, kv_dtype: str) -> int:
         """Bytes of one page over all layers of the group."""
-        return len(self.layers) * self.num_kv_heads * 2 * self.head_dim * PAGE_TOKENS * ELEMENT_BYTES[kv_dtype]
+        padded_dim = -(-self.head_dim // ROW_ELEMENTS) * ROW_ELEMENTS
+        token_bytes = 2 * (padded_dim * ELEMENT_BYTES[kv_dtype] + (SCALE_BYTES if kv_dtype == "int8" else 0))
+        return len(self.layers) * self.num_kv_heads * PAGE_TOKENS * token_bytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from gemma2_fast.engine.options import EnginePlan
 from gemma2_fast.errors import BackendError
 from gemma2_fast.quant import FORMATS
 from gemma2_fast.spec import AttentionSpec, LayerSpec, ModelSpec
+from gemma2_fast.weights.mapped_file import drop_pages
 from gemma2_fast.weights.prefault import byte_bar
+from gemma2_fast.weights.quantize import quantize_weights
 from gemma2_fast.weights.tensor import Tensor
 
 Weights = Mapping[str, Tensor]
@@ -20,6 +22,8 @@ Weights = Mapping[str, Tensor]
 
 def start_engine(plan: EnginePlan, weights: Weights, progress: bool = False) -> _core.DecodeLoop:
     """Build the backend's step and start the loop that drives it."""
+    if plan.quantization is not None:
+        weights = quantize_weights(weights, plan.quantization, plan.num_threads, progress)
     if plan.weight_dtype is not None:
         weights = _all_converted(weights, plan.weight_dtype, progress)
     cache = core_cache_plan(plan.cache)
@@ -38,22 +42,32 @@ def start_engine(plan: EnginePlan, weights: Weights, progress: bool = False) -> 
         max_seq_len=plan.cache.max_seq_len,
         max_logits_rows=plan.max_logits_rows,
         vocab_size=plan.spec.vocab_size,
+        final_softcap=plan.spec.final_softcap,
     )
     return _core.DecodeLoop(step, cache, limits)
 
 
 def cpu_step(plan: EnginePlan, weights: Weights, cache: _core.CachePlan) -> _core.CpuStep:
-    """The C++ CPU backend over memory-mapped weights."""
-    return _core.CpuStep(
+    """The C++ CPU backend over memory-mapped weights.
+
+    For int8 activations it has made its own strips of GGUF's quantised matrices, whose pages are then given back.
+    """
+    step = _core.CpuStep(
         spec=_core_spec(plan.spec),
         weights={name: (tensor.format.name, tensor.shape, tensor.data) for name, tensor in weights.items()},
         plan=cache,
+        activations=plan.activations,
         kv_dtype=plan.cache.kv_dtype,
         instruction_set=plan.instruction_set,
         num_threads=plan.num_threads,
         max_step_tokens=plan.cache.max_step_tokens,
         max_logits_rows=plan.max_logits_rows,
     )
+    if plan.activations == "int8":
+        for tensor in weights.values():
+            if tensor.format.gguf_type is not None:
+                drop_pages(tensor.data)
+    return step
 
 
 def core_cache_plan(plan: CachePlan) -> _core.CachePlan:

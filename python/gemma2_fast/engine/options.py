@@ -12,6 +12,8 @@ from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
 from gemma2_fast.errors import BackendError, CapacityError, RequestError
 from gemma2_fast.spec import ModelSpec, RecurrentSpec
+from gemma2_fast.weights.manifest import manifest
+from gemma2_fast.weights.quantize import QUANTIZATIONS, UNQUANTIZED, quantized_format, stored_quantization
 
 DEFAULT_STEP_TOKENS = 512
 # Rows of [L, V] float32 logits a step may yield; bounds what prompt logprobs and large batches hold at once.
@@ -42,10 +44,9 @@ class EngineOptions:
     def __post_init__(self) -> None:
         _choice("backend", self.backend, ("auto", "cpu", "reference"), {"cuda": "this build has no GPU backend yet"})
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16"), {"float16": "Gemma's activations overflow it"})
-        later = "not available yet; load a quantised GGUF file instead"
-        _choice("quantization", self.quantization, (None,), {"int8": later, "int4": later})
-        _choice("activations", self.activations, ("auto", "float32"), {"int8": "not available yet"})
-        _choice("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16"), {"int8": "not available yet"})
+        _choice("quantization", self.quantization, (None, *QUANTIZATIONS), {})
+        _choice("activations", self.activations, ("auto", "float32", "int8"), {})
+        _choice("kv_dtype", self.kv_dtype, ("auto", "float32", "bfloat16", "int8"), {})
         for name in ("max_seq_len", "max_batch_size", "max_step_tokens", "num_threads", "sliding_window"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
@@ -65,12 +66,18 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Every choice made: `spec` has the window in force, `compute_dtype` is that of the activations."""
+    """Every choice made: `spec` has the window in force, `compute_dtype` is that of everything but matrix products.
+
+    quantization: what unquantised matrices become while they are loaded. activations: their type in products with
+    quantised matrices; all other products are float.
+    """
 
     spec: ModelSpec
     backend: str
     weight_dtype: str | None
+    quantization: str | None
     compute_dtype: str
+    activations: str
     instruction_set: str
     num_threads: int
     cache: CachePlan
@@ -91,9 +98,14 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
 
     stored = matrix_formats[0]
     dtype = options.dtype
-    weight_dtype = {"float32": None, "bfloat16": "BF16", "auto": None}[dtype] if stored in ("F32", "F16") else None
+    quantization = _quantization(matrix_formats, options.quantization)
+    ours = quantization is not None or stored_quantization(matrix_formats) is not None
+    convertible = quantization is None and stored in ("F32", "F16")
+    weight_dtype = "BF16" if dtype == "bfloat16" and convertible else None
     if dtype == "auto":
-        dtype = "bfloat16" if stored == "BF16" else "float32"
+        # The same whether a model is quantised now or was before: nearly all of them are bfloat16 at their source.
+        dtype = "bfloat16" if stored == "BF16" or ours else "float32"
+    activations = _activations(options.activations, backend, ours or any(f not in UNQUANTIZED for f in matrix_formats))
     kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
     compute_dtype = "bfloat16" if backend == "reference" and options.dtype == "bfloat16" else "float32"
 
@@ -103,17 +115,54 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
         raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
     step_tokens = options.max_step_tokens or DEFAULT_STEP_TOKENS
     step_tokens = min(step_tokens, max_seq_len * options.max_batch_size)
-    cache = _plan_cache(spec, options, kv_dtype, max_seq_len, step_tokens)
+    cache = _plan_cache(spec, options, kv_dtype, max_seq_len, step_tokens, _quantized_bytes(spec, quantization))
     return EnginePlan(
         spec=spec,
         backend=backend,
         weight_dtype=weight_dtype,
+        quantization=quantization,
         compute_dtype=compute_dtype,
+        activations=activations,
         instruction_set=_core.choose_instruction_set(options.instruction_set),
         num_threads=options.num_threads or len(os.sched_getaffinity(0)),
         cache=cache,
         max_logits_rows=min(max(LOGITS_ROWS, options.max_batch_size), MAX_LOGITS_ROWS),
     )
+
+
+def _quantization(matrix_formats: tuple[str, ...], wanted: str | None) -> str | None:
+    """What is left to be quantised: nothing where the checkpoint is stored so already."""
+    quantized = [name for name in matrix_formats if name not in UNQUANTIZED]
+    if wanted is None or not quantized:
+        return wanted
+    stored = stored_quantization(matrix_formats)
+    if stored == wanted:
+        return None
+    is_stored = f"is already quantised to {stored}" if stored else f"stores {', '.join(quantized)}"
+    raise RequestError(
+        f"quantization={wanted!r} needs weights in bfloat16, float16 or float32, but this checkpoint {is_stored}: "
+        "leave quantization out, or load the checkpoint that this one was made from"
+    )
+
+
+def _activations(wanted: str, backend: str, quantized: bool) -> str:
+    if wanted == "float32" or (wanted == "auto" and not (quantized and backend == "cpu")):
+        return "float32"
+    if backend != "cpu":
+        raise BackendError(f"activations='int8': backend={backend!r} computes in float; use 'float32' or backend='cpu'")
+    if not quantized:
+        raise RequestError(
+            "activations='int8' needs quantised weights: give quantization='int8' or 'int4', or a quantised checkpoint"
+        )
+    return "int8"
+
+
+def _quantized_bytes(spec: ModelSpec, quantization: str | None) -> int:
+    """Memory that quantising while loading takes."""
+    if quantization is None:
+        return 0
+    formats = {name: (quantized_format(name, shape, quantization), shape) for name, shape in manifest(spec).items()}
+    return sum(target.num_bytes(shape) for target, shape in formats.values() if target is not None)
 
 
 def why_not_runnable(spec: ModelSpec) -> str | None:
@@ -124,9 +173,15 @@ def why_not_runnable(spec: ModelSpec) -> str | None:
 
 
 def _plan_cache(
-    spec: ModelSpec, options: EngineOptions, kv_dtype: str, max_seq_len: int, step_tokens: int
+    spec: ModelSpec, options: EngineOptions, kv_dtype: str, max_seq_len: int, step_tokens: int, weight_bytes: int
 ) -> CachePlan:
-    free_bytes = free_memory_bytes()
+    """`weight_bytes` of memory are not there yet but spoken for."""
+    free_bytes = free_memory_bytes() - weight_bytes
+    if free_bytes < 0:
+        raise CapacityError(
+            f"quantising while loading takes {weight_bytes / 2**30:.1f} GiB, {-free_bytes / 2**30:.1f} GiB more than "
+            "is free; run `gemma2-fast quantize` once: what it writes is mapped"
+        )
     limit_bytes = int(free_bytes * FREE_MEMORY_SHARE)
     if options.kv_cache_gib is not None:
         limit_bytes = int(options.kv_cache_gib * 2**30)

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.step_batch import StepBatch
 from gemma2_fast.reference.cache import PagedCache
-from gemma2_fast.reference.dtypes import torch_dtype
 from gemma2_fast.reference.model import ReferenceModel
 
 
@@ -21,9 +20,9 @@ class ReferenceStep:
 
     def __init__(self, model: ReferenceModel, plan: CachePlan) -> None:
         self._model = model
-        self._cache = PagedCache(plan, torch_dtype(plan.kv_dtype))
+        self._cache = PagedCache(plan)
 
     def run(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Raw (capped) next-token logits, float32 [L, V]."""
-        logits = self._model.forward(batch, self._cache)
+        """Next-token logits before the final soft cap, float32 [L, V]."""
+        logits = self._model.uncapped_logits(batch, self._cache)
         return np.ascontiguousarray(logits.to(torch.float32).numpy())

@@ -11,6 +11,8 @@ from torch import Tensor
 from gemma2_fast.engine.cache_plan import PAGE_TOKENS, CachePlan
 from gemma2_fast.engine.step_batch import StepBatch
 from gemma2_fast.errors import BackendError
+from gemma2_fast.reference.dtypes import torch_dtype
+from gemma2_fast.reference.int8_kv import int8_kv
 
 
 class Cache(Protocol):
@@ -64,13 +66,15 @@ class ContiguousCache:
 class PagedCache:
     """The paged groups of a CachePlan, found through the batch's block tables. Slots never written hold NaN.
 
-    keys and values a layer: [N, P, K, D] in `dtype`. A windowed group's table is a ring: column b % table_width.
+    keys and values a layer: [N, P, K, D] in the plan's kv_dtype; int8 is kept as the float32 values that its codes
+    stand for. A windowed group's table is a ring: column b % table_width.
     """
 
-    def __init__(self, plan: CachePlan, dtype: torch.dtype) -> None:
+    def __init__(self, plan: CachePlan) -> None:
         if plan.recurrent is not None:
             raise BackendError("the reference has no recurrent state yet; it runs models of attention layers only")
         self._plan = plan
+        dtype = torch.float32 if plan.kv_dtype == "int8" else torch_dtype(plan.kv_dtype)
         self._group_of_layer = {layer: index for index, group in enumerate(plan.paged) for layer in group.layers}
         self._pages: dict[int, Tensor] = {}  # layer → [2, N, P, K, D]
         for group in plan.paged:
@@ -86,7 +90,8 @@ class PagedCache:
                 )
             blocks, slots = self._slots(layer, batch, sequence, context, context + end - first)
             new = torch.stack((keys[first:end], values[first:end]))
-            self._pages[layer][:, blocks, slots] = new.to(self._pages[layer].dtype)
+            kept = int8_kv(new) if self._plan.kv_dtype == "int8" else new
+            self._pages[layer][:, blocks, slots] = kept.to(self._pages[layer].dtype)
 
     def read(self, layer: int, batch: StepBatch, sequence: int, first_key: int, end_key: int) -> tuple[Tensor, Tensor]:
         blocks, slots = self._slots(layer, batch, sequence, first_key, end_key)

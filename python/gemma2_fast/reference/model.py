@@ -44,6 +44,11 @@ class ReferenceModel:
 
     def forward(self, batch: StepBatch, cache: Cache) -> Tensor:
         """Append the batch's tokens to the cache and return the logits [L, V] of the tokens that ask for them."""
+        logits = self.uncapped_logits(batch, cache)
+        return logits if self.spec.final_softcap is None else softcap(logits, self.spec.final_softcap)
+
+    def uncapped_logits(self, batch: StepBatch, cache: Cache) -> Tensor:
+        """`forward` without the final soft cap: what a backend owes the decode loop, which caps what it reads."""
         token_ids, positions = (torch.tensor(ids, dtype=torch.int64) for ids in (batch.token_ids, batch.positions))
         ropes = {layer.mixer.rope for layer in self.spec.layers if isinstance(layer.mixer, AttentionSpec)}
         tables = {spec: rope_tables(spec, positions, self.dtype) for spec in ropes}
@@ -51,8 +56,7 @@ class ReferenceModel:
         for index, layer in enumerate(self.spec.layers):
             x = self._layer(index, layer, x, batch, cache, tables)
         wanted = x[torch.tensor(batch.logits_token, dtype=torch.int64)]
-        logits = matmul(self._norm(wanted, "final_norm"), self._weights["embedding"])
-        return logits if self.spec.final_softcap is None else softcap(logits, self.spec.final_softcap)
+        return matmul(self._norm(wanted, "final_norm"), self._weights["embedding"])
 
     def logits(self, token_ids: Sequence[int], chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
         """Next-token logits [T, V] of one sequence from its start."""
