@@ -19,8 +19,8 @@ PYTHON_STAGES = [
     {"spec"},
     {"engine.step_batch", "engine.cache_plan"},  # the types between engine and backends, so below both
     {"quant"},
-    {"text", "weights", "triton_kernels"},
     {"_core"},
+    {"text", "weights", "triton_kernels"},
     {"reference"},
     {"engine"},
     {"generator"},

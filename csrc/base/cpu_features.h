@@ -7,9 +7,9 @@
 namespace gemma2_fast {
 
 // Ordered from the plainest to the widest. Another architecture adds its sets here and in cpu/kernels.cpp.
-enum class InstructionSet { kScalar, kAvx2, kAvx512Vnni };
+enum class InstructionSet { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Amx };
 
-std::string_view instruction_set_name(InstructionSet set);  // "scalar", "avx2", "avx512_vnni"
+std::string_view instruction_set_name(InstructionSet set);  // "scalar", "avx2", "avx_vnni", "avx512_vnni", "avx512_amx"
 
 // Sets this processor and operating system can run, plainest first; never empty.
 std::vector<InstructionSet> available_instruction_sets();

@@ -1,9 +1,11 @@
 #include "base/thread_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -36,19 +38,45 @@ bool spin_until(Condition condition) {
     return condition();
 }
 
+// Tasks that nobody has claimed yet, in one word, so that both ends can be claimed: the first task in the lower half,
+// the end in the upper.
+class Share {
+  public:
+    bool empty() const { return is_empty(range_.load()); }
+    void fill(int64_t first, int64_t end) { range_ = static_cast<uint64_t>(end) << 32 | static_cast<uint64_t>(first); }
+
+    std::optional<int64_t> claim_first() {
+        for (uint64_t range = range_.load(); !is_empty(range);)
+            if (range_.compare_exchange_weak(range, range + 1)) return range & kHalf;
+        return std::nullopt;
+    }
+    std::optional<int64_t> claim_last() {
+        for (uint64_t range = range_.load(); !is_empty(range);)
+            if (range_.compare_exchange_weak(range, range - (uint64_t{1} << 32))) return (range >> 32) - 1;
+        return std::nullopt;
+    }
+
+  private:
+    static constexpr uint64_t kHalf = UINT32_MAX;
+    static bool is_empty(uint64_t range) { return (range & kHalf) == range >> 32; }
+
+    alignas(64) std::atomic<uint64_t> range_{0};
+};
+
 }  // namespace
 
-// One word holds the round (upper half) and how many of its tasks nobody has claimed yet (lower half). A thread claims
-// by counting it down, which fails if the round has moved on: a thread that was off its processor for long can neither
-// hold up a round whose tasks others took, nor reach into the next one. What belongs to the round is read after a
-// claim, and stays until that task is reported done.
+// Each thread has a share of consecutive tasks and takes them in order, because consecutive tasks mostly read
+// consecutive memory; who has none left takes the last ones of others. A thread that was off its processor for long
+// holds up nothing but the task it runs: others empty its share. What belongs to a round is read after a claim and
+// stays until that task is reported done, so a claim that comes late claims rightly whatever round it meets.
 struct ThreadPool::State {
     using Body = FunctionRef<void(int64_t, int)>;
 
-    std::atomic<uint64_t> claims{0};
+    explicit State(int num_threads) : shares(static_cast<std::size_t>(num_threads)) {}
+
+    std::vector<Share> shares;
     std::atomic<int64_t> unfinished{0};
     const Body* body = nullptr;
-    int64_t num_tasks = 0;
 
     // A sleeper announces itself before it looks a last time; who changes the state looks for sleepers afterwards. Both
     // in sequentially consistent order, so at least one sees the other.
@@ -61,8 +89,6 @@ struct ThreadPool::State {
 
     std::vector<std::thread> workers;
 
-    static uint64_t unclaimed(uint64_t word) { return word & 0xffffffffu; }
-
     ~State() {
         {
             std::lock_guard lock(mutex);
@@ -72,18 +98,24 @@ struct ThreadPool::State {
         for (std::thread& worker : workers) worker.join();
     }
 
-    bool has_work() const { return unclaimed(claims) > 0 || stopping; }
+    bool has_work() const {
+        return stopping || std::ranges::any_of(shares, [](const Share& share) { return !share.empty(); });
+    }
+
+    std::optional<int64_t> claim(std::size_t thread_index) {
+        if (const auto task = shares[thread_index].claim_first()) return task;
+        for (std::size_t i = 1; i < shares.size(); ++i)
+            if (const auto task = shares[(thread_index + i) % shares.size()].claim_last()) return task;
+        return std::nullopt;
+    }
 
     void run_tasks(int thread_index) {
-        uint64_t word = claims.load();
-        while (unclaimed(word) > 0) {
-            if (!claims.compare_exchange_weak(word, word - 1)) continue;
-            (*body)(num_tasks - static_cast<int64_t>(unclaimed(word)), thread_index);
+        while (const auto task = claim(static_cast<std::size_t>(thread_index))) {
+            (*body)(*task, thread_index);
             if (unfinished.fetch_sub(1) == 1 && sleeping_caller) {
                 std::lock_guard lock(mutex);
                 work_done.notify_one();
             }
-            word = claims.load();
         }
     }
 
@@ -101,10 +133,10 @@ struct ThreadPool::State {
 
     void run_round(int64_t tasks, const Body& task_body) {
         body = &task_body;
-        num_tasks = tasks;
         unfinished = tasks;
-        const uint64_t round = (claims.load() >> 32) + 1;
-        claims = round << 32 | static_cast<uint64_t>(tasks);
+        const auto num_shares = static_cast<int64_t>(shares.size());
+        for (int64_t i = num_shares - 1; i >= 0; --i)  // the caller's last: until then a worker would find only that
+            shares[i].fill(tasks * i / num_shares, tasks * (i + 1) / num_shares);
         if (sleeping_workers > 0) {
             {
                 std::lock_guard lock(mutex);
@@ -124,7 +156,7 @@ ThreadPool::ThreadPool(int num_threads) {
     if (num_threads < 1 || num_threads > kMaxThreads)
         throw Error("a thread pool has 1 to " + std::to_string(kMaxThreads) + " threads, not " +
                     std::to_string(num_threads));
-    state_ = std::make_unique<State>();
+    state_ = std::make_unique<State>(num_threads);
     try {
         for (int i = 1; i < num_threads; ++i) state_->workers.emplace_back(&State::work, state_.get(), i);
     } catch (const std::system_error& error) {

@@ -7,8 +7,9 @@
 
 namespace gemma2_fast {
 
-// A fixed set of threads (the caller counts as one) that claim tasks dynamically: a virtual CPU may be taken away at
-// any time. Which thread runs a task must not change its result. Waiting threads spin briefly, then sleep.
+// A fixed set of threads (the caller counts as one). Each starts on its own run of consecutive tasks and then helps the
+// others, task by task: a virtual CPU may be taken away at any time. Which thread runs a task must not change its
+// result. Waiting threads spin briefly, then sleep.
 class ThreadPool {
   public:
     explicit ThreadPool(int num_threads);  // throws Error unless 1 <= num_threads <= 1024

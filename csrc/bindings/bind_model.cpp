@@ -29,8 +29,8 @@ WeightView view_of(const std::string& name, py::handle tensor) try {
     WeightView view{.type = format.type, .rows = 1, .cols = shape.empty() ? 1 : shape.back(), .data = nullptr};
     view.rows = num_weights / view.cols;
     view.data = reinterpret_cast<const std::byte*>(data.data());
-    if (view.cols % format.block_weights != 0 || data.nbytes() / view.rows != view.row_bytes() ||
-        data.nbytes() % view.rows != 0)
+    const bool whole_blocks = view.cols % format.block_weights == 0 || format.block_rows > 1;
+    if (!whole_blocks || data.nbytes() != view.num_bytes())
         throw Error("weights: " + name + " has " + std::to_string(data.nbytes()) +
                     " bytes, which is not its shape as " + format_name);
     return view;
@@ -53,10 +53,17 @@ ModelWeights weights_from_dict(const py::dict& tensors) {
     return weights;
 }
 
+Activations activations_from_name(const std::string& name) {
+    if (name == "float32") return Activations::kF32;
+    if (name == "int8") return Activations::kInt8;
+    throw BackendError("activations '" + name + "' are not available on the CPU; known: float32, int8");
+}
+
 KvType kv_type_from_name(const std::string& name) {
     if (name == "float32") return KvType::kF32;
     if (name == "bfloat16") return KvType::kBF16;
-    throw BackendError("kv_dtype '" + name + "' is not available on the CPU; known: float32, bfloat16");
+    if (name == "int8") return KvType::kInt8;
+    throw BackendError("kv_dtype '" + name + "' is not available on the CPU; known: float32, bfloat16, int8");
 }
 
 }  // namespace
@@ -93,18 +100,21 @@ void bind_model(py::module_& module) {
              py::kw_only(), py::arg("model_width"), py::arg("vocab_size"), py::arg("embedding_scale"),
              py::arg("norm_epsilon"), py::arg("final_softcap"), py::arg("layers"));
     py::class_<CpuStep, ModelStep, std::shared_ptr<CpuStep>>(module, "CpuStep")
-        .def(py::init([](const ModelSpec& spec, const py::dict& weights, const CachePlan& plan,
-                         const std::string& kv_dtype, const std::string& instruction_set, int num_threads,
-                         int64_t max_step_tokens, int64_t max_logits_rows) {
-                 CpuStep::Options options{.kv_type = kv_type_from_name(kv_dtype),
-                                          .instruction_set = choose_instruction_set(instruction_set),
-                                          .num_threads = num_threads,
-                                          .max_step_tokens = max_step_tokens,
-                                          .max_logits_rows = max_logits_rows};
-                 return std::make_shared<CpuStep>(spec, weights_from_dict(weights), plan, options);
-             }),
-             py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("plan"), py::arg("kv_dtype"),
-             py::arg("instruction_set"), py::arg("num_threads"), py::arg("max_step_tokens"), py::arg("max_logits_rows"))
+        .def(
+            py::init([](const ModelSpec& spec, const py::dict& weights, const CachePlan& plan,
+                        const std::string& activations, const std::string& kv_dtype, const std::string& instruction_set,
+                        int num_threads, int64_t max_step_tokens, int64_t max_logits_rows) {
+                CpuStep::Options options{.activations = activations_from_name(activations),
+                                         .kv_type = kv_type_from_name(kv_dtype),
+                                         .instruction_set = choose_instruction_set(instruction_set),
+                                         .num_threads = num_threads,
+                                         .max_step_tokens = max_step_tokens,
+                                         .max_logits_rows = max_logits_rows};
+                return std::make_shared<CpuStep>(spec, weights_from_dict(weights), plan, options);
+            }),
+            py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("plan"), py::arg("activations"),
+            py::arg("kv_dtype"), py::arg("instruction_set"), py::arg("num_threads"), py::arg("max_step_tokens"),
+            py::arg("max_logits_rows"))
         .def("poison_cache", &CpuStep::poison_cache, "Fills every cache page with NaN, for tests.");
 }
 

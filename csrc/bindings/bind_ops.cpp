@@ -14,8 +14,10 @@
 #include "base/errors.h"
 #include "base/thread_pool.h"
 #include "bindings/bindings.h"
+#include "cpu/attention_run.h"
 #include "cpu/ceilings.h"
 #include "cpu/kernels.h"
+#include "cpu/quantized_buffer.h"
 
 namespace py = pybind11;
 
@@ -52,11 +54,11 @@ void require_dims(const py::array& array, const char* name, int dims) {
 // A view of stored bytes; they may be unaligned, and must be exactly `rows` whole rows.
 WeightView view_of(const std::string& format_name, const Bytes& data, int64_t rows, int64_t cols) {
     const WeightFormat& format = weight_format(format_name);
-    require(rows > 0 && cols > 0 && cols % format.block_weights == 0, "weight shape",
+    require(rows > 0 && cols > 0 && (cols % format.block_weights == 0 || format.block_rows > 1), "weight shape",
             "positive rows and a positive multiple of " + std::to_string(format.block_weights) + " columns",
             std::to_string(rows) + " x " + std::to_string(cols));
     const WeightView view{format.type, rows, cols, reinterpret_cast<const std::byte*>(data.data())};
-    require(data.nbytes() == rows * view.row_bytes(), "weight data", std::to_string(rows * view.row_bytes()) + " bytes",
+    require(data.nbytes() == view.num_bytes(), "weight data", std::to_string(view.num_bytes()) + " bytes",
             std::to_string(data.nbytes()));
     return view;
 }
@@ -67,17 +69,19 @@ Floats copy_of(const Floats& array) {
     return copy;
 }
 
-// pages: float32, or uint16 that holds bfloat16, [N, K, 2, D * P].
-KvPages pages_of(const py::array& pages) {
-    const bool is_f32 = py::isinstance<Floats>(pages),
+// pages: float32, uint16 that holds bfloat16, or uint8 that holds int8 pages; [N, K, a page in any shape].
+KvPages pages_of(const py::array& pages, int64_t head_dim) {
+    const bool is_f32 = py::isinstance<Floats>(pages), is_int8 = py::isinstance<Bytes>(pages),
                is_bf16 = py::isinstance<py::array_t<uint16_t, py::array::c_style>>(pages);
-    require(is_f32 || is_bf16, "pages", "a contiguous array of float32 or uint16",
+    require(is_f32 || is_bf16 || is_int8, "pages", "a contiguous array of float32, uint16 or uint8",
             py::str(pages.dtype()).cast<std::string>());
-    require_dims(pages, "pages", 4);
-    require(pages.shape(2) == 2 && pages.shape(3) % kPageTokens == 0, "pages",
-            "shape [N, K, 2, D * " + std::to_string(kPageTokens) + "]", shape_text(pages));
-    return {static_cast<std::byte*>(const_cast<void*>(pages.data())), is_f32 ? KvType::kF32 : KvType::kBF16,
-            pages.shape(1), pages.shape(3) / kPageTokens};
+    require(pages.ndim() >= 3 && pages.size() > 0, "pages", "a non-empty array of at least 3 dimensions",
+            "shape " + shape_text(pages));
+    const KvType type = is_f32 ? KvType::kF32 : is_bf16 ? KvType::kBF16 : KvType::kInt8;
+    const int64_t page_bytes = kv_page_bytes(type, head_dim);
+    require(pages.nbytes() == pages.shape(0) * pages.shape(1) * page_bytes, "pages",
+            std::to_string(page_bytes) + " bytes a page for head_dim " + std::to_string(head_dim), shape_text(pages));
+    return {static_cast<std::byte*>(const_cast<void*>(pages.data())), type, pages.shape(1), head_dim, page_bytes};
 }
 
 class Ops {
@@ -93,10 +97,11 @@ class Ops {
 
     std::string instruction_set() const { return std::string(instruction_set_name(kernels_.instruction_set)); }
 
-    Floats dequantize_row(const std::string& format, const Bytes& data, int64_t cols) {
-        const WeightView view = view_of(format, data, 1, cols);
+    Floats dequantize_row(const std::string& format, const Bytes& data, int64_t cols, int64_t rows, int64_t row) {
+        const WeightView view = view_of(format, data, rows, cols);
+        require(row >= 0 && row < rows, "row", "0.." + std::to_string(rows - 1), std::to_string(row));
         Floats out(cols);
-        timed([&, result = out.mutable_data()] { kernels_.dequantize_row(view.type, view.data, cols, result); });
+        timed([&, result = out.mutable_data()] { kernels_.dequantize_row(view, row, result); });
         return out;
     }
 
@@ -124,6 +129,84 @@ class Ops {
                 const int64_t first = row_begin + task * kRowsPerTask;
                 kernels_.matmul(view, first, std::min(first + kRowsPerTask, end), activations, num_tokens, result, rows,
                                 scratch_.data() + thread * scratch_floats);
+            });
+        });
+        return out;
+    }
+
+    // The matrix in the strips that int8_matmul reads; a copy where the format is stored so.
+    static Bytes pack_strips(const std::string& format, const Bytes& data, int64_t rows, int64_t cols) {
+        const WeightView view = view_of(format, data, rows, cols);
+        require(has_strips(view.type), "format", "a quantised format", format);
+        const StripView strips{view.type, rows, cols, nullptr};
+        const int64_t bytes = strip_bytes(view.type, cols);
+        Bytes packed(strips.num_strips() * bytes);
+        auto* out = reinterpret_cast<std::byte*>(packed.mutable_data());
+        if (weight_format(view.type).block_rows > 1)
+            std::copy_n(view.data, packed.nbytes(), out);
+        else
+            for (int64_t strip = 0; strip < strips.num_strips(); ++strip) pack_strip(view, strip, out + strip * bytes);
+        return packed;
+    }
+
+    // scales [groups, T] and int32 [groups, T, 128] with x = scale * integer; the sums of these [groups, T]
+    py::tuple quantize_rows(const Floats& x) {
+        require_dims(x, "x", 2);
+        const int64_t num_tokens = x.shape(0), cols = x.shape(1), groups = (cols + kQuantizedCols - 1) / kQuantizedCols;
+        std::vector<int8_t> codes(static_cast<std::size_t>(groups * num_tokens * kQuantizedCols));
+        std::vector<Outliers> outliers(static_cast<std::size_t>(groups * num_tokens));
+        Floats scales({groups, num_tokens});
+        std::vector<int32_t> part_sums(outliers.size() * 8);
+        Ints sums({groups, num_tokens});
+        const QuantizedRows rows{codes.data(),        outliers.data(),  scales.mutable_data(),
+                                 sums.mutable_data(), part_sums.data(), num_tokens};
+        timed([&] { kernels_.quantize_rows(x.data(), cols, num_tokens, cols, 0, 0, rows); });
+        Ints integers({groups, num_tokens, kQuantizedCols});
+        int32_t* out = integers.mutable_data();
+        std::copy(codes.begin(), codes.end(), out);
+        for (const Outliers& pair : outliers) {
+            for (int i = 0; i < 2; ++i)
+                for (int j = 0; j < 4; ++j) out[4 * pair.step[i] + j] += 128 * pair.upper[i][j];
+            out += kQuantizedCols;
+        }
+        return py::make_tuple(scales, integers, sums);
+    }
+
+    // Quantises x and multiplies; kernel_seconds counts the multiplication. Rows of other strips of a new `out` are
+    // NaN.
+    Floats int8_matmul(const std::string& format, const Bytes& strips, int64_t rows, const Floats& x,
+                       int64_t first_strip, std::optional<int64_t> end_strip, std::optional<Floats> given_out) {
+        require_dims(x, "x", 2);
+        const int64_t num_tokens = x.shape(0), cols = x.shape(1);
+        const WeightFormat& stored = weight_format(format);
+        require(has_strips(stored.type), "format", "a quantised format", format);
+        require(rows > 0 && (stored.block_rows > 1 || cols % stored.block_weights == 0), "weight shape",
+                "positive rows and whole blocks of columns", std::to_string(rows) + " x " + std::to_string(cols));
+        const StripView view{stored.type, rows, cols, reinterpret_cast<const std::byte*>(strips.data())};
+        require(strips.nbytes() == view.num_strips() * strip_bytes(stored.type, cols), "strips",
+                std::to_string(view.num_strips() * strip_bytes(stored.type, cols)) + " bytes",
+                std::to_string(strips.nbytes()));
+        const int64_t end = end_strip.value_or(view.num_strips());
+        require(0 <= first_strip && first_strip < end && end <= view.num_strips(), "strips",
+                "0 <= first_strip < end_strip <= " + std::to_string(view.num_strips()),
+                std::to_string(first_strip) + " to " + std::to_string(end));
+        Floats out = given_out ? *given_out : Floats({num_tokens, rows});
+        require_shape(out, "out", {num_tokens, rows});
+        const float* activations = x.data();
+        float* result = out.mutable_data();
+        if (!given_out) std::fill_n(result, out.size(), std::numeric_limits<float>::quiet_NaN());
+
+        const int64_t scratch_floats = (kernels_.int8_matmul_scratch_floats(num_tokens) + 15) / 16 * 16;
+        reserve_scratch(scratch_floats * threads_.num_threads());
+        QuantizedBuffer buffer(num_tokens, cols);
+        const QuantizedRows quantized = buffer.rows(num_tokens);
+        py::gil_scoped_release no_gil;
+        kernels_.quantize_rows(activations, cols, num_tokens, cols, 0, 0, quantized);
+        timed([&] {
+            threads_.parallel_for(end - first_strip, [&](int64_t task, int thread) {
+                const int64_t strip = first_strip + task;
+                kernels_.int8_matmul(view, strip, quantized, num_tokens, result + strip * kStripRows, rows,
+                                     scratch_.data() + thread * scratch_floats);
             });
         });
         return out;
@@ -194,7 +277,8 @@ class Ops {
     // Changes `pages`.
     void write_kv(const py::array& pages, int64_t block_index, int64_t slot_in_page, const Floats& keys,
                   const Floats& values) {
-        const KvPages view = pages_of(pages);
+        require_dims(keys, "keys", 2);
+        const KvPages view = pages_of(pages, keys.shape(1));
         require(pages.writeable(), "pages", "a writable array", "a read-only one");
         require(0 <= block_index && block_index < pages.shape(0), "block_index", "a page of the array",
                 std::to_string(block_index));
@@ -210,9 +294,7 @@ class Ops {
                      std::optional<int64_t> window_keys) {
         require_dims(queries, "queries", 3);
         require_dims(block_table, "block_table", 1);
-        const KvPages view = pages_of(pages);
-        require(queries.shape(2) == view.head_dim, "queries", "head_dim " + std::to_string(view.head_dim),
-                shape_text(queries));
+        const KvPages view = pages_of(pages, queries.shape(2));
         require(0 <= kv_head && kv_head < view.num_kv_heads, "kv_head", "a head of the pages", std::to_string(kv_head));
         require(first_position >= 0, "first_position", "at least 0", std::to_string(first_position));
         require(!window_keys || *window_keys > 0, "window_keys", "at least 1", std::to_string(window_keys.value_or(1)));
@@ -233,8 +315,10 @@ class Ops {
         task.query_scale = query_scale;
         task.score_softcap = score_softcap;
         task.window_keys = window_keys;
-        reserve_scratch(kernels_.attention_scratch_floats(group_heads, view.head_dim));
-        timed([&] { kernels_.attention(task, scratch_.data()); });
+        AttentionRun run(kernels_, threads_.num_threads(), 1,
+                         AttentionRun::part_floats(kernels_, group_heads, view.head_dim, first_position + 1),
+                         kernels_.attention_scratch_floats(group_heads, view.head_dim));
+        timed([&] { run.run({&task, 1}, threads_); });
         return out;
     }
 
@@ -295,9 +379,15 @@ void bind_ops(py::module_& module) {
         .def(py::init<const std::string&, int>(), py::arg("instruction_set") = "auto", py::arg("num_threads") = 1)
         .def_property_readonly("instruction_set", &Ops::instruction_set)
         .def_property_readonly("kernel_seconds", &Ops::kernel_seconds)
-        .def("dequantize_row", &Ops::dequantize_row, py::arg("format"), py::arg("data"), py::arg("cols"))
+        .def("dequantize_row", &Ops::dequantize_row, py::arg("format"), py::arg("data"), py::arg("cols"),
+             py::arg("rows") = 1, py::arg("row") = 0)
         .def("matmul", &Ops::matmul, py::arg("format"), py::arg("data"), py::arg("rows"), py::arg("x"),
              py::arg("row_begin") = 0, py::arg("row_end") = py::none(), py::arg("out") = py::none())
+        .def_static("pack_strips", &Ops::pack_strips, py::arg("format"), py::arg("data"), py::arg("rows"),
+                    py::arg("cols"))
+        .def("quantize_rows", &Ops::quantize_rows, py::arg("x"))
+        .def("int8_matmul", &Ops::int8_matmul, py::arg("format"), py::arg("strips"), py::arg("rows"), py::arg("x"),
+             py::arg("first_strip") = 0, py::arg("end_strip") = py::none(), py::arg("out") = py::none())
         .def("rms_norm", &Ops::rms_norm, py::arg("x"), py::arg("gain"), py::arg("epsilon"))
         .def("rms_norm_add", &Ops::rms_norm_add, py::arg("x"), py::arg("gain"), py::arg("epsilon"), py::arg("residual"))
         .def("add", &Ops::add, py::arg("x"), py::arg("residual"))

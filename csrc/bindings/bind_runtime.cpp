@@ -214,13 +214,15 @@ void bind_plan(py::module_& module) {
         .def_readonly("recurrent", &CachePlan::recurrent);
 
     py::class_<Limits>(module, "Limits")
-        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("max_running_sequences"),
-             py::arg("max_step_tokens"), py::arg("max_seq_len"), py::arg("max_logits_rows"), py::arg("vocab_size"))
+        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, std::optional<float>>(), py::kw_only(),
+             py::arg("max_running_sequences"), py::arg("max_step_tokens"), py::arg("max_seq_len"),
+             py::arg("max_logits_rows"), py::arg("vocab_size"), py::arg("final_softcap") = py::none())
         .def_readonly("max_running_sequences", &Limits::max_running_sequences)
         .def_readonly("max_step_tokens", &Limits::max_step_tokens)
         .def_readonly("max_seq_len", &Limits::max_seq_len)
         .def_readonly("max_logits_rows", &Limits::max_logits_rows)
-        .def_readonly("vocab_size", &Limits::vocab_size);
+        .def_readonly("vocab_size", &Limits::vocab_size)
+        .def_readonly("final_softcap", &Limits::final_softcap);
 }
 
 void bind_request(py::module_& module) {

@@ -12,7 +12,7 @@ namespace {
 Gain load_gain(const ModelWeights& weights, const std::string& name, int64_t width, const Kernels& kernels) {
     const WeightView& view = weights.at(name, 1, width);
     Gain gain(static_cast<std::size_t>(width));
-    kernels.dequantize_row(view.type, view.data, width, gain.data());
+    kernels.dequantize_row(view, 0, gain.data());
     for (float& value : gain.span()) value += 1.0f;
     return gain;
 }
@@ -33,15 +33,16 @@ void check_attention(const AttentionSpec& spec, const std::string& layer) {
             "the score soft cap must be positive and finite");
 }
 
+template <typename Load>
 CpuAttention load_attention(const AttentionSpec& spec, const ModelWeights& weights, const std::string& prefix,
-                            int64_t width, const Kernels& kernels) {
+                            int64_t width, const Kernels& kernels, const Load& matrix) {
     CpuAttention attention;
     attention.spec = spec;
     int64_t query_width = spec.num_query_heads * spec.head_dim, kv_width = spec.num_kv_heads * spec.head_dim;
-    attention.query = weights.at(prefix + "query", query_width, width);
-    attention.key = weights.at(prefix + "key", kv_width, width);
-    attention.value = weights.at(prefix + "value", kv_width, width);
-    attention.output = weights.at(prefix + "output", width, query_width);
+    attention.query = matrix(prefix + "query", query_width, width);
+    attention.key = matrix(prefix + "key", kv_width, width);
+    attention.value = matrix(prefix + "value", kv_width, width);
+    attention.output = matrix(prefix + "output", width, query_width);
     if (spec.qk_norm) {
         attention.query_gain = load_gain(weights, prefix + "query_norm", spec.head_dim, kernels);
         attention.key_gain = load_gain(weights, prefix + "key_norm", spec.head_dim, kernels);
@@ -70,10 +71,13 @@ void join_cache_group(CpuAttention& attention, int32_t layer_index, const CacheP
 }  // namespace
 
 CpuModel::CpuModel(const ModelSpec& model_spec, ModelWeights model_weights, const CachePlan& plan,
-                   const Kernels& kernels)
+                   const Kernels& kernels, Activations activations, ThreadPool& threads)
     : spec(model_spec), weights(std::move(model_weights)) {
+    const auto matrix = [&](const std::string& name, int64_t rows, int64_t cols) {
+        return load_matrix(weights, name, rows, cols, activations, threads);
+    };
     int64_t width = spec.model_width;
-    embedding = weights.at("embedding", spec.vocab_size, width);
+    embedding = matrix("embedding", spec.vocab_size, width);
     for (std::size_t index = 0; index < spec.layers.size(); ++index) {
         const LayerSpec& layer_spec = spec.layers[index];
         const auto* attention_spec = std::get_if<AttentionSpec>(&layer_spec.mixer);
@@ -83,7 +87,7 @@ CpuModel::CpuModel(const ModelSpec& model_spec, ModelWeights model_weights, cons
         check_attention(*attention_spec, prefix + "attention: ");
         CpuLayer layer;
         layer.gain_before_mixer = load_gain(weights, prefix + "norm_before_mixer", width, kernels);
-        layer.attention = load_attention(*attention_spec, weights, prefix + "attention.", width, kernels);
+        layer.attention = load_attention(*attention_spec, weights, prefix + "attention.", width, kernels, matrix);
         join_cache_group(layer.attention, static_cast<int32_t>(index), plan);
         auto rope = std::find(ropes.begin(), ropes.end(), attention_spec->rope);
         layer.attention.rope_index = static_cast<std::size_t>(rope - ropes.begin());
@@ -92,9 +96,9 @@ CpuModel::CpuModel(const ModelSpec& model_spec, ModelWeights model_weights, cons
             layer.gain_after_mixer = load_gain(weights, prefix + "norm_after_mixer", width, kernels);
         layer.gain_before_mlp = load_gain(weights, prefix + "norm_before_mlp", width, kernels);
         layer.mlp_width = layer_spec.mlp_width;
-        layer.gate = weights.at(prefix + "mlp.gate", layer.mlp_width, width);
-        layer.up = weights.at(prefix + "mlp.up", layer.mlp_width, width);
-        layer.down = weights.at(prefix + "mlp.down", width, layer.mlp_width);
+        layer.gate = matrix(prefix + "mlp.gate", layer.mlp_width, width);
+        layer.up = matrix(prefix + "mlp.up", layer.mlp_width, width);
+        layer.down = matrix(prefix + "mlp.down", width, layer.mlp_width);
         if (layer_spec.norm_after_mlp)
             layer.gain_after_mlp = load_gain(weights, prefix + "norm_after_mlp", width, kernels);
         layers.push_back(std::move(layer));

@@ -5,6 +5,7 @@
 
 #include "base/aligned_buffer.h"
 #include "cpu/kernels.h"
+#include "cpu/matrix.h"
 #include "runtime/cache_plan.h"
 #include "spec/model_spec.h"
 #include "weights/model_weights.h"
@@ -15,7 +16,7 @@ using Gain = AlignedBuffer<float>;  // 1 + w of an RMSNorm, [width]
 
 struct CpuAttention {
     AttentionSpec spec;
-    WeightView query, key, value, output;
+    Matrix query, key, value, output;
     std::optional<Gain> query_gain, key_gain;
     std::size_t rope_index = 0;   // into CpuModel::ropes
     std::size_t group_index = 0;  // into CachePlan::paged
@@ -28,18 +29,19 @@ struct CpuLayer {
     std::optional<Gain> gain_after_mixer;
     Gain gain_before_mlp;
     int64_t mlp_width = 0;
-    WeightView gate, up, down;
+    Matrix gate, up, down;
     std::optional<Gain> gain_after_mlp;
 };
 
 // A model prepared for the CPU: weights looked up and checked once, norms folded to 1 + w, layers joined to their cache
 // group. Throws BackendError for a mixer that has no CPU implementation.
 struct CpuModel {
-    CpuModel(const ModelSpec& spec, ModelWeights weights, const CachePlan& plan, const Kernels& kernels);
+    CpuModel(const ModelSpec& spec, ModelWeights weights, const CachePlan& plan, const Kernels& kernels,
+             Activations activations, ThreadPool& threads);
 
     ModelSpec spec;
     ModelWeights weights;
-    WeightView embedding;
+    Matrix embedding;
     std::vector<RopeSpec> ropes;  // the distinct ones
     std::vector<CpuLayer> layers;
     Gain final_gain;

@@ -7,21 +7,18 @@
 #include <string>
 
 #include "base/errors.h"
+#include "base/huge_pages.h"
 
 namespace gemma2_fast {
 namespace {
 
-constexpr int64_t kRowsPerTask = 64;         // weight rows of a matmul claimed at once
-constexpr int64_t kTokensPerTask = 8;        // tokens of an elementwise op claimed at once
-constexpr int64_t kQueriesPerTask = 32;      // queries of one kv head claimed at once
-constexpr int64_t kElementsPerTask = 16384;  // floats of a flat op claimed at once
+constexpr int64_t kHiddenPerTask = 128;  // MLP neurons claimed at once: a group of the quantised hidden rows
+constexpr int64_t kTokensPerTask = 8;    // tokens of an elementwise op claimed at once
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t kv_element_bytes(KvType type) { return type == KvType::kF32 ? 4 : 2; }
-
 int64_t page_bytes(const PagedKvGroup& group, KvType type) {
-    return group.num_kv_heads * 2 * group.head_dim * kPageTokens * kv_element_bytes(type);
+    return group.num_kv_heads * kv_page_bytes(type, group.head_dim);
 }
 
 }  // namespace
@@ -30,8 +27,8 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
     : kernels_(kernels_for(options.instruction_set)),
       options_(options),
       plan_(plan),
-      model_(spec, std::move(weights), plan, kernels_),
-      threads_(options.num_threads) {
+      threads_(options.num_threads),
+      model_(spec, std::move(weights), plan, kernels_, options.activations, threads_) {
     if (plan.page_tokens != kPageTokens)
         throw Error("cache plan: pages of " + std::to_string(plan.page_tokens) + " tokens, the kernels have " +
                     std::to_string(kPageTokens));
@@ -42,7 +39,12 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
                             std::to_string(options.max_step_tokens) + " and " +
                             std::to_string(options.max_logits_rows));
     int64_t query_width = 0, kv_width = 0, mlp_width = 0, kv_heads = 0;
-    scratch_floats_ = kernels_.matmul_scratch_floats(spec.model_width);
+    int64_t attention_scratch = 0, attention_parts = 0;
+    int64_t tokens = options.max_step_tokens, input_rows = std::max(tokens, options.max_logits_rows);
+    bool quantizes_hidden = false, plain_hidden = false;
+    quantizes_ = model_.embedding.strips.has_value();
+    scratch_floats_ =
+        std::max(kernels_.matmul_scratch_floats(spec.model_width), kernels_.int8_matmul_scratch_floats(input_rows));
     for (const CpuLayer& layer : model_.layers) {
         const AttentionSpec& attention = layer.attention.spec;
         int64_t layer_query_width = attention.num_query_heads * attention.head_dim;
@@ -51,35 +53,48 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
         kv_width = std::max(kv_width, attention.num_kv_heads * attention.head_dim);
         mlp_width = std::max(mlp_width, layer.mlp_width);
         kv_heads = std::max(kv_heads, attention.num_kv_heads);
+        attention_scratch =
+            std::max(attention_scratch, kernels_.attention_scratch_floats(group_heads, attention.head_dim));
+        const int64_t keys = plan.paged[layer.attention.group_index].table_width * kPageTokens;
+        attention_parts =
+            std::max(attention_parts, AttentionRun::part_floats(kernels_, group_heads, attention.head_dim, keys));
+        for (const Matrix* matrix : {&layer.attention.query, &layer.attention.key, &layer.attention.value,
+                                     &layer.attention.output, &layer.gate, &layer.up})
+            quantizes_ = quantizes_ || matrix->strips;
+        (layer.down.strips ? quantizes_hidden : plain_hidden) = true;
         scratch_floats_ = std::max({scratch_floats_, kernels_.matmul_scratch_floats(layer_query_width),
-                                    kernels_.matmul_scratch_floats(layer.mlp_width),
-                                    kernels_.attention_scratch_floats(group_heads, attention.head_dim)});
+                                    kernels_.matmul_scratch_floats(layer.mlp_width)});
     }
-    scratch_floats_ = divide_up(scratch_floats_, 16) * 16;
+    matmul_scratch_floats_ = divide_up(scratch_floats_, 16) * 16;
+    // The MLP keeps its gate and up rows behind the matmul's own scratch.
+    scratch_floats_ = matmul_scratch_floats_ + 2 * tokens * kHiddenPerTask;
 
     try {
-        for (const PagedKvGroup& group : plan.paged)
+        for (const PagedKvGroup& group : plan.paged) {
             cache_.emplace_back(group.layers.size() *
                                 static_cast<std::size_t>(group.num_blocks * page_bytes(group, options.kv_type)));
+            prefer_huge_pages(cache_.back().data(), cache_.back().size());
+        }
         auto rows = [&](int64_t count, int64_t width) {
             return AlignedBuffer<float>(static_cast<std::size_t>(count * width));
         };
-        int64_t tokens = options.max_step_tokens;
         residual_ = rows(tokens, spec.model_width);
-        normed_ = rows(std::max(tokens, options.max_logits_rows), spec.model_width);
+        normed_ = rows(input_rows, spec.model_width);
         branch_ = rows(tokens, spec.model_width);
         queries_ = rows(tokens, query_width);
         keys_ = rows(tokens, kv_width);
         values_ = rows(tokens, kv_width);
         attention_ = rows(tokens, query_width);
-        gate_ = rows(tokens, mlp_width);
-        up_ = rows(tokens, mlp_width);
+        if (plain_hidden) hidden_ = rows(tokens, mlp_width);
+        if (quantizes_) quantized_ = QuantizedBuffer(input_rows, std::max(spec.model_width, query_width));
+        if (quantizes_hidden) quantized_hidden_ = QuantizedBuffer(tokens, mlp_width);
         for (const RopeSpec& rope : model_.ropes) {
             cos_.push_back(rows(tokens, static_cast<int64_t>(rope.inverse_frequencies.size())));
             sin_.push_back(rows(tokens, static_cast<int64_t>(rope.inverse_frequencies.size())));
         }
         scratch_ = rows(threads_.num_threads(), scratch_floats_);
         tasks_.reserve(static_cast<std::size_t>(tokens * kv_heads));
+        attention_run_.emplace(kernels_, threads_.num_threads(), tokens * kv_heads, attention_parts, attention_scratch);
     } catch (const std::bad_alloc&) {
         throw CapacityError(
             "not enough memory for the cache and one step's activations; lower max_seq_len, max_batch_size or "
@@ -100,7 +115,7 @@ void CpuStep::run(const StepBatch& batch, std::span<float> logits) {
 
 void CpuStep::poison_cache() {
     for (AlignedBuffer<std::byte>& pages : cache_)
-        std::memset(pages.data(), 0xff, pages.size());  // all ones is a NaN in both element types
+        std::memset(pages.data(), 0xff, pages.size());  // all ones is a NaN as an element and as a scale
 }
 
 // The scheduler may have been given other limits or another plan than this step.
@@ -148,7 +163,7 @@ void CpuStep::embed(const StepBatch& batch) {
     for_tokens(batch.num_tokens(), [&](int64_t first, int64_t count) {
         for (int64_t t = first; t < first + count; ++t) {
             float* row = residual_.data() + t * width;
-            kernels_.dequantize_row(model_.embedding.type, model_.embedding.row(batch.token_ids[t]), width, row);
+            kernels_.dequantize_row(model_.embedding.stored, batch.token_ids[t], row);
             kernels_.scale(row, width, model_.spec.embedding_scale);
         }
     });
@@ -172,25 +187,35 @@ void CpuStep::compute_rope_tables(const StepBatch& batch) {
 void CpuStep::mix(const CpuLayer& layer, const StepBatch& batch) {
     const CpuAttention& attention = layer.attention;
     int64_t num_tokens = batch.num_tokens();
-    normalize(layer.gain_before_mixer, num_tokens);
-    matmul(normed_.data(), num_tokens,
+    matmul(normalized(layer.gain_before_mixer, num_tokens),
            {{attention.query, queries_.data()}, {attention.key, keys_.data()}, {attention.value, values_.data()}});
     rotate_and_store(attention, batch);
     attend(attention, batch);
-    matmul(attention_.data(), num_tokens, {{attention.output, branch_.data()}});
+    matmul(quantized(attention_.data(), attention.output.stored.cols, num_tokens),
+           {{attention.output, branch_.data()}});
     add_branch(layer.gain_after_mixer, num_tokens);
 }
 
+// Gate, up, GELU and the quantisation of what comes out are one region: a task makes one group of hidden columns.
 void CpuStep::mlp(const CpuLayer& layer, int64_t num_tokens) {
-    normalize(layer.gain_before_mlp, num_tokens);
-    matmul(normed_.data(), num_tokens, {{layer.gate, gate_.data()}, {layer.up, up_.data()}});
-    int64_t count = num_tokens * layer.mlp_width;
-    threads_.parallel_for(divide_up(count, kElementsPerTask), [&](int64_t task, int) {
-        int64_t first = task * kElementsPerTask;
-        float* gate = gate_.data() + first;
-        kernels_.geglu(gate, up_.data() + first, std::min(kElementsPerTask, count - first), gate);
+    const Input input = normalized(layer.gain_before_mlp, num_tokens);
+    const Input hidden{hidden_.data(), quantized_hidden_.rows(num_tokens), num_tokens};
+    threads_.parallel_for(divide_up(layer.mlp_width, kHiddenPerTask), [&](int64_t group, int thread) {
+        const int64_t first = group * kHiddenPerTask, width = std::min(kHiddenPerTask, layer.mlp_width - first);
+        float* gate = scratch(thread) + matmul_scratch_floats_;
+        float* up = gate + num_tokens * kHiddenPerTask;
+        for (int64_t row = 0; row < width; row += kStripRows) {
+            matmul_strip(layer.gate, (first + row) / kStripRows, input, gate + row, kHiddenPerTask, thread);
+            matmul_strip(layer.up, (first + row) / kStripRows, input, up + row, kHiddenPerTask, thread);
+        }
+        for (int64_t t = 0; t < num_tokens; ++t) {
+            float* out = layer.down.strips ? gate + t * kHiddenPerTask : hidden_.data() + t * layer.mlp_width + first;
+            kernels_.geglu(gate + t * kHiddenPerTask, up + t * kHiddenPerTask, width, out);
+        }
+        if (layer.down.strips)
+            kernels_.quantize_rows(gate, kHiddenPerTask, num_tokens, width, 0, group, hidden.quantized);
     });
-    matmul(gate_.data(), num_tokens, {{layer.down, branch_.data()}});
+    matmul(hidden, {{layer.down, branch_.data()}});
     add_branch(layer.gain_after_mlp, num_tokens);
 }
 
@@ -239,11 +264,12 @@ void CpuStep::attend(const CpuAttention& attention, const StepBatch& batch) {
     task.query_scale = spec.query_scale;
     task.score_softcap = spec.score_softcap;
     task.window_keys = spec.window_keys;
+    const int64_t most_queries = kernels_.attention_queries(group_heads);
     tasks_.clear();
     for (int64_t s = 0; s < batch.num_sequences(); ++s) {
         task.block_table = batch.block_table[attention.group_index].data() + s * group.table_width;
-        for (int64_t first = batch.first_token[s]; first < batch.first_token[s + 1]; first += kQueriesPerTask) {
-            task.num_queries = std::min(kQueriesPerTask, batch.first_token[s + 1] - first);
+        for (int64_t first = batch.first_token[s]; first < batch.first_token[s + 1]; first += most_queries) {
+            task.num_queries = std::min(most_queries, batch.first_token[s + 1] - first);
             task.first_position = batch.positions[first];
             for (task.kv_head = 0; task.kv_head < spec.num_kv_heads; ++task.kv_head) {
                 int64_t offset = first * query_width + task.kv_head * group_heads * spec.head_dim;
@@ -253,8 +279,7 @@ void CpuStep::attend(const CpuAttention& attention, const StepBatch& batch) {
             }
         }
     }
-    threads_.parallel_for(static_cast<int64_t>(tasks_.size()),
-                          [&](int64_t index, int thread) { kernels_.attention(tasks_[index], scratch(thread)); });
+    attention_run_->run(tasks_, threads_);
 }
 
 void CpuStep::project_logits(const StepBatch& batch, std::span<float> logits) {
@@ -263,30 +288,31 @@ void CpuStep::project_logits(const StepBatch& batch, std::span<float> logits) {
     for (int64_t row = 0; row < num_rows; ++row)
         kernels_.rms_norm(residual_.data() + batch.logits_token[row] * width, model_.final_gain.data(),
                           model_.spec.norm_epsilon, 1, width, normed_.data() + row * width);
-    matmul(normed_.data(), num_rows, {{model_.embedding, logits.data()}});
-    if (!model_.spec.final_softcap) return;
-    int64_t count = static_cast<int64_t>(logits.size());
-    threads_.parallel_for(divide_up(count, kElementsPerTask), [&](int64_t task, int) {
-        int64_t first = task * kElementsPerTask;
-        kernels_.softcap(logits.data() + first, std::min(kElementsPerTask, count - first), *model_.spec.final_softcap);
+    matmul(quantized(normed_.data(), width, num_rows), {{model_.embedding, logits.data()}});
+}
+
+void CpuStep::matmul(const Input& input, std::initializer_list<MatmulJob> jobs) {
+    int64_t num_tasks = 0;
+    for (const MatmulJob& job : jobs) num_tasks += job.weight.num_strips();
+    threads_.parallel_for(num_tasks, [&](int64_t strip, int thread) {
+        for (const MatmulJob& job : jobs) {
+            if (strip < job.weight.num_strips())
+                return matmul_strip(job.weight, strip, input, job.out + strip * kStripRows, job.weight.rows(), thread);
+            strip -= job.weight.num_strips();
+        }
     });
 }
 
-void CpuStep::matmul(const float* x, int64_t num_tokens, std::initializer_list<MatmulJob> jobs) {
-    int64_t num_tasks = 0;
-    for (const MatmulJob& job : jobs) num_tasks += divide_up(job.weight.rows, kRowsPerTask);
-    threads_.parallel_for(num_tasks, [&](int64_t task, int thread) {
-        for (const MatmulJob& job : jobs) {
-            int64_t job_tasks = divide_up(job.weight.rows, kRowsPerTask);
-            if (task < job_tasks) {
-                int64_t first = task * kRowsPerTask;
-                int64_t end = std::min(first + kRowsPerTask, job.weight.rows);
-                kernels_.matmul(job.weight, first, end, x, num_tokens, job.out, job.weight.rows, scratch(thread));
-                return;
-            }
-            task -= job_tasks;
-        }
-    });
+void CpuStep::matmul_strip(const Matrix& weight, int64_t strip, const Input& input, float* out, int64_t out_stride,
+                           int thread_index) {
+    if (weight.strips) {
+        kernels_.int8_matmul(*weight.strips, strip, input.quantized, input.num_tokens, out, out_stride,
+                             scratch(thread_index));
+        return;
+    }
+    const int64_t first = strip * kStripRows, end = std::min(first + kStripRows, weight.rows());
+    kernels_.matmul(weight.stored, first, end, input.rows, input.num_tokens, out - first, out_stride,
+                    scratch(thread_index));
 }
 
 void CpuStep::add_branch(const std::optional<Gain>& gain, int64_t num_tokens) {
@@ -301,12 +327,24 @@ void CpuStep::add_branch(const std::optional<Gain>& gain, int64_t num_tokens) {
     });
 }
 
-void CpuStep::normalize(const Gain& gain, int64_t num_tokens) {
+CpuStep::Input CpuStep::normalized(const Gain& gain, int64_t num_tokens) {
     int64_t width = model_.spec.model_width;
+    const Input input{normed_.data(), quantized_.rows(num_tokens), num_tokens};
     for_tokens(num_tokens, [&](int64_t first, int64_t count) {
-        kernels_.rms_norm(residual_.data() + first * width, gain.data(), model_.spec.norm_epsilon, count, width,
-                          normed_.data() + first * width);
+        float* rows = normed_.data() + first * width;
+        kernels_.rms_norm(residual_.data() + first * width, gain.data(), model_.spec.norm_epsilon, count, width, rows);
+        if (quantizes_) kernels_.quantize_rows(rows, width, count, width, first, 0, input.quantized);
     });
+    return input;
+}
+
+CpuStep::Input CpuStep::quantized(const float* rows, int64_t cols, int64_t num_tokens) {
+    const Input input{rows, quantized_.rows(num_tokens), num_tokens};
+    if (quantizes_)
+        for_tokens(num_tokens, [&](int64_t first, int64_t count) {
+            kernels_.quantize_rows(rows + first * cols, cols, count, cols, first, 0, input.quantized);
+        });
+    return input;
 }
 
 void CpuStep::for_tokens(int64_t num_tokens, FunctionRef<void(int64_t first, int64_t count)> body) {
@@ -321,7 +359,7 @@ KvPages CpuStep::pages(const CpuAttention& attention) {
     int64_t layer_bytes = group.num_blocks * page_bytes(group, options_.kv_type);
     std::byte* data = cache_[attention.group_index].data();
     return {data + static_cast<int64_t>(attention.group_layer) * layer_bytes, options_.kv_type, group.num_kv_heads,
-            group.head_dim};
+            group.head_dim, kv_page_bytes(options_.kv_type, group.head_dim)};
 }
 
 }  // namespace gemma2_fast

@@ -7,8 +7,10 @@
 
 #include "base/aligned_buffer.h"
 #include "base/thread_pool.h"
+#include "cpu/attention_run.h"
 #include "cpu/cpu_layers.h"
 #include "cpu/kernels.h"
+#include "cpu/quantized_buffer.h"
 #include "runtime/cache_plan.h"
 #include "runtime/model_step.h"
 
@@ -18,6 +20,7 @@ namespace gemma2_fast {
 class CpuStep final : public ModelStep {
   public:
     struct Options {
+        Activations activations = Activations::kF32;
         KvType kv_type = KvType::kF32;
         InstructionSet instruction_set = InstructionSet::kScalar;
         int num_threads = 1;
@@ -33,9 +36,15 @@ class CpuStep final : public ModelStep {
     void poison_cache();
 
   private:
+    // What a matmul reads: float32 rows, and the same quantised where a weight wants that.
+    struct Input {
+        const float* rows;  // [T, cols]
+        QuantizedRows quantized;
+        int64_t num_tokens;
+    };
     struct MatmulJob {
-        const WeightView& weight;
-        float* out;
+        const Matrix& weight;
+        float* out;  // [T, weight rows]
     };
 
     void check(const StepBatch& batch, std::span<float> logits) const;
@@ -48,10 +57,14 @@ class CpuStep final : public ModelStep {
     void mlp(const CpuLayer& layer, int64_t num_tokens);
     void project_logits(const StepBatch& batch, std::span<float> logits);
 
-    // One parallel region over the rows of all jobs, which share the input x [num_tokens, cols].
-    void matmul(const float* x, int64_t num_tokens, std::initializer_list<MatmulJob> jobs);
+    // One parallel region over the strips of all jobs.
+    void matmul(const Input& input, std::initializer_list<MatmulJob> jobs);
+    // Rows of one strip for every token: out[t * out_stride] is the first.
+    void matmul_strip(const Matrix& weight, int64_t strip, const Input& input, float* out, int64_t out_stride,
+                      int thread_index);
     void add_branch(const std::optional<Gain>& gain, int64_t num_tokens);  // residual_ += norm(branch_)
-    void normalize(const Gain& gain, int64_t num_tokens);                  // normed_ = norm(residual_)
+    Input normalized(const Gain& gain, int64_t num_tokens);                // norm(residual_)
+    Input quantized(const float* rows, int64_t cols, int64_t num_tokens);
     void for_tokens(int64_t num_tokens, FunctionRef<void(int64_t first, int64_t count)> body);
     KvPages pages(const CpuAttention& attention);
     float* scratch(int thread_index) { return scratch_.data() + thread_index * scratch_floats_; }
@@ -59,17 +72,20 @@ class CpuStep final : public ModelStep {
     const Kernels& kernels_;
     Options options_;
     CachePlan plan_;
-    CpuModel model_;
     ThreadPool threads_;
-    std::vector<AlignedBuffer<std::byte>> cache_;  // per paged group: [layers, blocks, K, 2, D * P]
+    CpuModel model_;
+    std::vector<AlignedBuffer<std::byte>> cache_;  // per paged group: [layers, blocks, K] pages
 
     // Activations of a step, T rows each; E model, Q = H * D, KV = K * D, F MLP width.
     AlignedBuffer<float> residual_, normed_, branch_;           // [T, E]
     AlignedBuffer<float> queries_, keys_, values_, attention_;  // [T, Q], [T, KV], [T, KV], [T, Q]
-    AlignedBuffer<float> gate_, up_;                            // [T, F]
+    AlignedBuffer<float> hidden_;                               // [T, F], for a down matrix that is not quantised
+    QuantizedBuffer quantized_, quantized_hidden_;              // [T, max(E, Q)], [T, F]
     std::vector<AlignedBuffer<float>> cos_, sin_;               // per rope: [T, pairs]
     std::vector<AttentionTask> tasks_;
-    int64_t scratch_floats_ = 0;
+    std::optional<AttentionRun> attention_run_;
+    bool quantizes_ = false;  // some matrix wants int8 activations
+    int64_t matmul_scratch_floats_ = 0, scratch_floats_ = 0;
     AlignedBuffer<float> scratch_;  // [threads, scratch_floats]
 };
 

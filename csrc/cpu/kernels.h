@@ -5,23 +5,26 @@
 #include <optional>
 
 #include "base/cpu_features.h"
+#include "weights/strips.h"
 #include "weights/weight_view.h"
 
 namespace gemma2_fast {
 
-inline constexpr int64_t kPageTokens = 32;  // P: keys a page; two 16-lane vectors
+inline constexpr int64_t kPageTokens = 32;    // P: keys a page; two 16-lane vectors
+inline constexpr int64_t kBlockTokens = 256;  // keys whose part of a softmax is summed by itself; begins at a multiple
 
-enum class KvType { kF32, kBF16 };
+enum class KvType { kF32, kBF16, kInt8 };
 
-// One layer's share of a paged cache group: [num_blocks, num_kv_heads, 2, D * P] elements. Of the inner pair the first
-// is the keys, transposed to [D, P] so that a vector holds one dimension of consecutive keys; the second the values,
-// [P, D].
+// One layer's share of a paged cache group: [num_blocks, num_kv_heads] pages, laid out as cpu/kernels/kv_page.h says.
 struct KvPages {
     std::byte* data = nullptr;
     KvType type = KvType::kF32;
     int64_t num_kv_heads = 0;
     int64_t head_dim = 0;
+    int64_t page_bytes = 0;  // of one head: kv_page_bytes(type, head_dim)
 };
+
+int64_t kv_page_bytes(KvType type, int64_t head_dim);
 
 // Queries of one sequence that share one kv head. Keys 0..position (or the window's) are read through the block table.
 struct AttentionTask {
@@ -41,20 +44,55 @@ struct AttentionTask {
     std::optional<int64_t> window_keys;  // query included
 };
 
+inline constexpr int64_t kQuantizedCols = 128;   // columns that share an activation scale
+inline constexpr int64_t kQuantizedTokens = 16;  // token_stride is a multiple of this
+
+// The largest two of a group's values, where they need more than eight bits: the four columns from 4 * step on get
+// 128 * upper added to their codes. One of each four is not zero, and is `digit`.
+struct Outliers {
+    int8_t upper[2][4];
+    int16_t step[2];
+    int16_t digit[2];
+};
+
+// Activations of a step as integers: x = scale * (code + 128 * upper). A scale is set by the third largest magnitude of
+// its group: Gemma has a few huge channels, which would cost all others their precision (docs/decisions/004). Groups of
+// kQuantizedCols columns come first, the last one filled up with zeros.
+struct QuantizedRows {
+    int8_t* codes = nullptr;       // [groups, token_stride, 128]
+    Outliers* outliers = nullptr;  // [groups, token_stride]
+    float* scales = nullptr;       // [groups, token_stride]
+    int32_t* sums = nullptr;       // [groups, token_stride], of code + 128 * upper
+    int32_t* part_sums = nullptr;  // [groups, token_stride, 8], of 16 codes each
+    int64_t token_stride = 0;
+};
+
 // The ops of one instruction set. Pointers and sizes only; float32 activations, contiguous unless a stride is given.
 // Every function is safe to call from several threads on disjoint outputs. Each output element is reduced in an order
 // that depends only on its own inputs and positions, never on how many tokens, rows or threads share the call.
 struct Kernels {
     InstructionSet instruction_set;
 
-    // out[cols] = the row's weights in float32, the exact value of the format.
-    void (*dequantize_row)(WeightType type, const std::byte* row, int64_t cols, float* out);
+    // out[cols] = one row's weights in float32, the exact value of the format.
+    void (*dequantize_row)(const WeightView& weight, int64_t row, float* out);
 
     // out[t * out_stride + r] = sum_c weight[r, c] * x[t * cols + c] for r in [row_begin, row_end), t in [0,
     // num_tokens). scratch: matmul_scratch_floats(cols) floats of this thread's own.
     void (*matmul)(const WeightView& weight, int64_t row_begin, int64_t row_end, const float* x, int64_t num_tokens,
                    float* out, int64_t out_stride, float* scratch);
     int64_t (*matmul_scratch_floats)(int64_t cols);
+
+    // Quantises x [num_tokens, cols], whose rows are x_stride floats apart, into rows first_token.. and groups
+    // first_group.. of out: to nearest, ties to even. With the magnitudes of a group sorted, scale = max(third / 127,
+    // first / 16256). A group that holds a NaN or an infinity gets the scale NaN.
+    void (*quantize_rows)(const float* x, int64_t x_stride, int64_t num_tokens, int64_t cols, int64_t first_token,
+                          int64_t first_group, const QuantizedRows& out);
+    // out[t * out_stride + r] = sum_c weight[64 * strip + r, c] * x[t, c] for the strip's rows: int32 sums over the
+    // columns that share both scales, float32 sums over those. scratch: int8_matmul_scratch_floats(num_tokens) floats
+    // on a cache line, this thread's own.
+    void (*int8_matmul)(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,
+                        int64_t out_stride, float* scratch);
+    int64_t (*int8_matmul_scratch_floats)(int64_t num_tokens);
 
     // out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * gain; gain[E] is 1 + w. out may be x.
     void (*rms_norm)(const float* x, const float* gain, float epsilon, int64_t num_rows, int64_t width, float* out);
@@ -76,7 +114,15 @@ struct Kernels {
     void (*write_kv)(const KvPages& pages, int64_t block_index, int64_t slot_in_page, const float* keys,
                      const float* values);
     void (*attention)(const AttentionTask& task, float* scratch);
+    // The same in two steps, with the same bits, so that threads can share the keys of a task: the parts of blocks
+    // [first_block, end_block) of kBlockTokens keys go to parts [end_block - first_block][num_queries * G], each
+    // attention_part_floats(head_dim) floats; then all of them, from the first block with a visible key on, become out.
+    void (*attention_parts)(const AttentionTask& task, int64_t first_block, int64_t end_block, float* parts,
+                            float* scratch);
+    void (*join_attention_parts)(const AttentionTask& task, const float* parts, int64_t num_blocks, float* scratch);
+    int64_t (*attention_part_floats)(int64_t head_dim);
     int64_t (*attention_scratch_floats)(int64_t group_heads, int64_t head_dim);
+    int64_t (*attention_queries)(int64_t group_heads);  // a task of so many queries reads each page once
 };
 
 const Kernels& kernels_for(InstructionSet set);  // throws BackendError when the machine lacks the set

@@ -9,6 +9,7 @@
 #if defined(__AVX2__)
 // gcc 12 takes the undefined operands inside its own intrinsics for uninitialised variables.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #endif
 

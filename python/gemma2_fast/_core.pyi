@@ -63,6 +63,7 @@ class Limits:
         max_seq_len: int,
         max_logits_rows: int,
         vocab_size: int,
+        final_softcap: float | None = None,
     ) -> None: ...
     @property
     def max_running_sequences(self) -> int: ...
@@ -74,6 +75,8 @@ class Limits:
     def max_logits_rows(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def final_softcap(self) -> float | None: ...
 
 class SamplingParams:
     """How the next token is chosen; the defaults change nothing, and temperature 0 is greedy. Checked by submit."""
@@ -99,7 +102,7 @@ class Request:
     """One prompt. With max_tokens 0 it only evaluates the prompt and ends with "length".
 
     num_logprobs, num_prompt_logprobs: how many alternatives stand beside each token's logprob; None: no logprobs.
-    logits_out: float32 [T, V], receives the raw logits of every prompt token.
+    logits_out: float32 [T, V], receives the capped logits of every prompt token.
     """
 
     def __init__(
@@ -240,6 +243,7 @@ class CpuStep(ModelStep):
         spec: ModelSpec,
         weights: dict[str, tuple[str, tuple[int, ...], NDArray[np.uint8]]],
         plan: CachePlan,
+        activations: str,
         kv_dtype: str,
         instruction_set: str,
         num_threads: int,
@@ -264,6 +268,21 @@ class ThreadPool:
     def num_threads(self) -> int: ...
     def parallel_for(self, num_tasks: int, body: Callable[[int, int], object]) -> None: ...
 
+def quantize_into(
+    *,
+    source: str,
+    data: NDArray[np.uint8],
+    cols: int,
+    target: str,
+    out: NDArray[np.uint8],
+    pool: ThreadPool,
+    instruction_set: str = "auto",
+) -> int | None:
+    """Fills `out` with rows of `cols` weights as strips of `target`; the first row that is not finite, if any.
+
+    source: F32, F16 or BF16. The same bits on every instruction set. Call it from one thread at a time for a pool.
+    """
+
 class Ops:
     """The kernels of one instruction set on arrays, for tests and benchmarks. Results are new arrays unless named."""
 
@@ -274,7 +293,9 @@ class Ops:
     def kernel_seconds(self) -> float:
         """What the last call spent in the kernel itself."""
 
-    def dequantize_row(self, format: str, data: NDArray[np.uint8], cols: int) -> NDArray[np.float32]: ...
+    def dequantize_row(
+        self, format: str, data: NDArray[np.uint8], cols: int, rows: int = 1, row: int = 0
+    ) -> NDArray[np.float32]: ...
     def matmul(
         self,
         format: str,
@@ -286,6 +307,25 @@ class Ops:
         out: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """[T, rows] of x [T, cols]; rows outside [row_begin, row_end) are left as in `out`, or NaN."""
+
+    @staticmethod
+    def pack_strips(format: str, data: NDArray[np.uint8], rows: int, cols: int) -> NDArray[np.uint8]:
+        """A quantised matrix in the strips that `int8_matmul` reads."""
+
+    def quantize_rows(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
+        """x [T, cols] in groups of 128 columns: scales [G, T], integers [G, T, 128] and their sums [G, T]."""
+
+    def int8_matmul(
+        self,
+        format: str,
+        strips: NDArray[np.uint8],
+        rows: int,
+        x: NDArray[np.float32],
+        first_strip: int = 0,
+        end_strip: int | None = None,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """[T, rows] of x [T, cols], which is quantised first; rows of other strips are left as in `out`, or NaN."""
 
     def rms_norm(self, x: NDArray[np.float32], gain: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]: ...
     def rms_norm_add(

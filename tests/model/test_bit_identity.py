@@ -70,10 +70,10 @@ def test_chunks_threads_and_batches(format_and_set: tuple[str, str]) -> None:
             assert got == alone[len(prompt)], f"{len(prompt)} tokens in a batch of 8"
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_and_cache_types(family: str, kv_dtype: str) -> None:
-    ids = prompts()[-1]
+    ids = np.random.default_rng(11).integers(0, 512, 300).tolist()  # past a block of 256 keys
     with start(family, "BF16", kv_dtype=kv_dtype, num_threads=1, max_step_tokens=256) as gen:
         whole = bits(gen, ids)
     with start(family, "BF16", kv_dtype=kv_dtype, num_threads=2, max_step_tokens=7, max_batch_size=1) as gen:
@@ -101,18 +101,24 @@ def test_preempted_and_resumed(format_name: str, instruction_set: str) -> None:
     assert [g.logprobs for g in crowded] == [g.logprobs for g in roomy]
 
 
-def test_unwritten_cache_slots_are_never_read() -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+def test_unwritten_cache_slots_are_never_read(kv_dtype: str) -> None:
     """Every page starts as NaN; a read of a slot that no token was written to would spread it."""
     from gemma2_fast.engine.engine import core_cache_plan, cpu_step
 
     spec, weights = model("gemma2", "F32")
-    with start("gemma2", "F32", max_step_tokens=33) as gen:
+    with start("gemma2", "F32", kv_dtype=kv_dtype, max_step_tokens=33) as gen:
         plan, clean = gen.plan, gen.logits(prompts()[-1])
     cache = core_cache_plan(plan.cache)
     step = cpu_step(plan, weights, cache)
     step.poison_cache()
     limits = _core.Limits(
-        max_running_sequences=8, max_step_tokens=33, max_seq_len=512, max_logits_rows=33, vocab_size=spec.vocab_size
+        max_running_sequences=8,
+        max_step_tokens=33,
+        max_seq_len=512,
+        max_logits_rows=33,
+        vocab_size=spec.vocab_size,
+        final_softcap=spec.final_softcap,
     )
     loop = _core.DecodeLoop(step, cache, limits)
     out = np.empty_like(clean)

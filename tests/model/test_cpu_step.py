@@ -48,6 +48,7 @@ def build(change: Callable[[dict[str, Any]], None] = lambda _: None, paged: list
         spec=spec,
         weights=weights,
         plan=_core.CachePlan(page_tokens=32, paged=[group()] if paged is None else paged),
+        activations="float32",
         kv_dtype="float32",
         instruction_set="auto",
         num_threads=1,

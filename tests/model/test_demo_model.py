@@ -48,7 +48,9 @@ def test_backends_agree_past_the_window() -> None:
     ids = np.random.default_rng(3).integers(300, 200000, 700).tolist()
     last = {}
     for backend in BACKENDS:
-        with Generator.from_pretrained("gemma-3-270m", backend=backend, max_seq_len=1024, progress=False) as gen:
+        with Generator.from_pretrained(
+            "gemma-3-270m", backend=backend, activations="float32", max_seq_len=1024, progress=False
+        ) as gen:
             last[backend] = gen.generate(ids, max_tokens=1, logprobs=5).logprobs
     cpu, reference = last["cpu"][0], last["reference"][0]
     assert cpu.token_id == reference.token_id
@@ -81,14 +83,18 @@ def test_a_stop_string_ends_its_request_while_others_run() -> None:
         assert gen.stats()["num_decode_tokens"] - before < len(long.token_ids) + 40
 
 
-def test_memory_stays_near_the_file() -> None:
-    """Quantised weights run from the map: 253 MB of file, and everything else in less than 200."""
+@pytest.mark.parametrize(("activations", "field"), [("float32", "VmHWM"), ("int8", "VmRSS")])
+def test_memory_stays_near_the_file(activations: str, field: str) -> None:
+    """253 MB of weights, from the map or in strips of this process's own, and everything else in less than 200.
+
+    While strips are made the file is in memory as well; afterwards its pages are given back.
+    """
     script = (
         "import gemma2_fast\n"
-        "gen = gemma2_fast.Generator.from_pretrained('gemma-3-270m', progress=False)\n"
+        f"gen = gemma2_fast.Generator.from_pretrained('gemma-3-270m', activations='{activations}', progress=False)\n"
         "gen.generate('The capital of France is', max_tokens=24)\n"
         "status = open('/proc/self/status').read()\n"
-        "print(next(line.split()[1] for line in status.splitlines() if line.startswith('VmHWM')))\n"
+        f"print(next(line.split()[1] for line in status.splitlines() if line.startswith('{field}')))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=True)
     assert int(done.stdout) * 1024 < 450e6

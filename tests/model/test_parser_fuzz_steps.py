@@ -10,12 +10,17 @@ import pytest
 from gemma2_fast import Generator
 from gemma2_fast.spec.families import spec_from_config
 from gemma2_fast.weights.gguf import read_gguf
+from gemma2_fast.weights.load import load_checkpoint
 from gemma2_fast.weights.names import hf_names
-from gemma2_fast.weights.safetensors import read_safetensors, write_safetensors
+from gemma2_fast.weights.origin import Origin
+from gemma2_fast.weights.quantize import quantize_checkpoint
+from gemma2_fast.weights.safetensors import read_safetensors
+from gemma2_fast.weights.writer import write_safetensors
 from tests.spec.configs import gemma2
 from tests.support.checkpoints import random_weights
 from tests.support.gguf_writer import write_gguf
 from tests.weights.parser_fuzz import fuzz_parser, mutated_gguf, mutated_safetensors, num_fuzz_files
+from tests.weights.quantized_files import write_source
 
 CONFIG = {**gemma2(2, 32, 2, 1, 16, 32, 16), "vocab_size": 24, "sliding_window": 8, "max_position_embeddings": 64}
 
@@ -55,4 +60,15 @@ def test_mutated_safetensors_models(tmp_path: Path, capsys: pytest.CaptureFixtur
     outcome = fuzz_parser(mutated_safetensors(path.read_bytes()), read_safetensors, steps, path)
     with capsys.disabled():
         print(f"\nsafetensors models: {outcome}, {steps.completed} ran")
+    assert steps.completed >= num_fuzz_files() // 20
+
+
+def test_mutated_quantized_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_source(tmp_path / "source", config=CONFIG)
+    quantize_checkpoint(load_checkpoint(source), tmp_path / "copy", Origin("int4", "source", "0.1.0"))
+    path = tmp_path / "copy" / "model.safetensors"
+    steps = Steps(path.parent)
+    outcome = fuzz_parser(mutated_safetensors(path.read_bytes()), read_safetensors, steps, path)
+    with capsys.disabled():
+        print(f"\nquantised models: {outcome}, {steps.completed} ran")
     assert steps.completed >= num_fuzz_files() // 20

@@ -13,6 +13,8 @@ from gemma2_fast.engine.cache_plan import PAGE_TOKENS, CachePlan, plan_cache
 from gemma2_fast.engine.step_batch import NO_BLOCK, Ints, StepBatch
 from gemma2_fast.errors import BackendError, RequestError, WeightsError
 from gemma2_fast.reference import Cache, ContiguousCache, PagedCache, ReferenceModel, ReferenceStep, flat_batch
+from gemma2_fast.reference.int8_kv import int8_kv
+from gemma2_fast.reference.softcap import softcap
 from gemma2_fast.spec import RecurrentSpec
 from tests.support.tiny_models import FAMILIES, WINDOW_KEYS, TinyModel, tiny_model
 
@@ -93,7 +95,7 @@ def test_logits_in_chunks(model: ReferenceModel) -> None:
 def test_paged_is_contiguous_bit_for_bit(model: ReferenceModel, chunks: tuple[int, ...], seed: int) -> None:
     contiguous = logits_of_sequences(model, chunked_batches(chunks), ContiguousCache())
     batches = chunked_batches(chunks, shuffled_tables(plan(model), seed))
-    paged = logits_of_sequences(model, batches, PagedCache(plan(model), torch.float64))
+    paged = logits_of_sequences(model, batches, PagedCache(plan(model)))
     for ours, theirs in zip(paged, contiguous, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -112,7 +114,7 @@ def first_rows(model: ReferenceModel, row: int) -> tuple[Ints, ...]:
 
 def test_pages_never_written_hold_nan(model: ReferenceModel) -> None:
     """So that reading another sequence's page cannot pass."""
-    cache = PagedCache(plan(model), torch.float64)
+    cache = PagedCache(plan(model))
     model.forward(flat_batch([[5, 6, 7]], [0], block_table=first_rows(model, 0)), cache)
     assert model.forward(flat_batch([[8]], [3], block_table=first_rows(model, 1)), cache).isnan().all()
     assert model.forward(flat_batch([[8]], [3], block_table=first_rows(model, 0)), cache).isfinite().all()
@@ -123,6 +125,8 @@ def test_reference_step(model: ReferenceModel) -> None:
     batch = replace(first, logits_token=first.first_token[1:] - 1)
     logits = ReferenceStep(model, plan(model)).run(batch)
     assert logits.dtype == np.float32
+    if model.spec.final_softcap is not None:  # the decode loop's part
+        logits = softcap(torch.from_numpy(logits), model.spec.final_softcap).numpy()
     alone = np.stack([model.logits(token_ids[:40])[-1].numpy() for token_ids in prompts()])
     np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-6)  # a little more than half a float32 step below 32
 
@@ -133,20 +137,37 @@ def test_reference_step_without_wanted_logits(model: ReferenceModel) -> None:
     assert step.run(batch).shape == (0, model.spec.vocab_size)
 
 
-def test_kv_dtype_rounds_what_is_read_back(tiny: TinyModel) -> None:
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_kv_dtype_rounds_what_is_read_back(tiny: TinyModel, kv_dtype: str) -> None:
     model = ReferenceModel(tiny.spec, tiny.weights, torch.float32)
     batch = flat_batch([prompts()[3]], [0], block_table=first_rows(model, 0))
     exact = ReferenceStep(model, plan(model, "float32")).run(batch)
-    rounded = ReferenceStep(model, plan(model, "bfloat16")).run(batch)
+    rounded = ReferenceStep(model, plan(model, kv_dtype)).run(batch)
     difference = np.abs(exact - rounded).max()
     assert 1e-4 < difference < 0.2 * np.abs(exact).max()
+
+
+def test_int8_kv_by_hand() -> None:
+    """A scale of 1: codes are the numbers, halves go to the even one; the second head has the scale 2."""
+    x = torch.tensor([[[127.0, 0.5, 1.5, -2.4], [-254.0, 3.0, 0.0, 1.1]]])
+    expected = torch.tensor([[[127.0, 0.0, 2.0, -2.0], [-254.0, 4.0, 0.0, 2.0]]])
+    assert torch.equal(int8_kv(x), expected)
+    assert torch.equal(int8_kv(torch.zeros(1, 1, 4)), torch.zeros(1, 1, 4))
+
+
+def test_int8_kv_of_bad_numbers() -> None:
+    """One head's NaN or infinity makes all of its dims NaN, and no other head's."""
+    x = torch.ones(3, 2, 4)
+    x[0, 1, 2], x[1, 0, 0] = torch.nan, -torch.inf
+    kept = int8_kv(x)
+    assert kept.isnan().all(dim=-1).tolist() == [[False, True], [True, False], [False, False]]
 
 
 def test_missing_page(model: ReferenceModel) -> None:
     tables = first_rows(model, 0)
     for table in tables:
         table[0, 1] = NO_BLOCK
-    cache = PagedCache(plan(model), torch.float64)
+    cache = PagedCache(plan(model))
     model.forward(flat_batch([list(range(32))], [0], block_table=tables), cache)
     with pytest.raises(BackendError, match="no page for position 32 in cache group 0"):
         model.forward(flat_batch([[5]], [32], block_table=tables), cache)
@@ -155,7 +176,7 @@ def test_missing_page(model: ReferenceModel) -> None:
 def test_chunk_longer_than_planned(model: ReferenceModel) -> None:
     batch = flat_batch([[5] * 41], [0], block_table=first_rows(model, 0))
     with pytest.raises(BackendError, match="41 tokens in this step, but the cache was planned for at most 40"):
-        model.forward(batch, PagedCache(plan(model), torch.float64))
+        model.forward(batch, PagedCache(plan(model)))
 
 
 def test_contiguous_cache_takes_tokens_in_order(model: ReferenceModel) -> None:
@@ -178,8 +199,8 @@ def test_missing_weight(tiny: TinyModel) -> None:
 
 
 def test_unknown_kv_dtype(model: ReferenceModel) -> None:
-    with pytest.raises(BackendError, match="'int8'"):
-        ReferenceStep(model, plan(model, "int8"))
+    with pytest.raises(BackendError, match="'int4'"):
+        ReferenceStep(model, plan(model, "int4"))
 
 
 def test_recurrent_layers_are_refused(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +210,4 @@ def test_recurrent_layers_are_refused(tiny: TinyModel, monkeypatch: pytest.Monke
     with pytest.raises(BackendError, match="layer 0 is recurrent"):
         ReferenceModel(spec, tiny.weights, torch.float32)
     with pytest.raises(BackendError, match="recurrent"):
-        PagedCache(
-            plan_cache(spec, kv_dtype="float32", max_seq_len=64, max_sequences=1, max_step_tokens=8), torch.float32
-        )
+        PagedCache(plan_cache(spec, kv_dtype="float32", max_seq_len=64, max_sequences=1, max_step_tokens=8))

@@ -82,3 +82,20 @@ def attention(
         scores = np.where(visible, scores, number(-np.inf))
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return (weights @ values) / weights.sum(axis=-1, keepdims=True)
+
+
+def attention_int8(queries: Floats, keys: Floats, codes: Floats, scales: Floats, **rule: Any) -> Floats:
+    """As `attention` rounds over int8 pages: queries to 16 bits a row, weights to 15 bits a row and 256 keys.
+
+    values = codes * scales [positions, 1]; what is rounded is weight * scale.
+    """
+    units = np.abs(queries).max(axis=-1, keepdims=True) / queries.dtype.type(32639)
+    rounded = np.rint(queries / np.where(units > 0, units, 1)) * units
+    # With the unit matrix for values, attention gives the weights themselves.
+    scaled = attention(rounded, keys, np.eye(len(keys), dtype=keys.dtype), **rule) * scales[:, 0]
+    sums = np.zeros_like(queries)
+    for begin in range(0, len(keys), 256):
+        block = scaled[..., begin : begin + 256]
+        unit = block.max(axis=-1, keepdims=True) / queries.dtype.type(32767)
+        sums += np.rint(block / np.where(unit > 0, unit, 1)) @ codes[begin : begin + 256] * unit
+    return sums

@@ -7,12 +7,15 @@ from numpy.typing import NDArray
 
 from gemma2_fast import _core
 from gemma2_fast.quant import FORMATS
+from gemma2_fast.weights.tensor import Tensor
 
 Array32 = NDArray[np.float32]
 Array64 = NDArray[np.float64]
 
 INSTRUCTION_SETS = _core.instruction_sets()
 PLAIN_FORMATS = ("F32", "F16", "BF16")
+STRIP_FORMATS = tuple(name for name, stored in FORMATS.items() if stored.block_rows > 1)
+ROWS_OF_ANY_LENGTH = PLAIN_FORMATS + STRIP_FORMATS
 # Where the halves of a block stand; all other bytes may have any value.
 HALF_OFFSETS = {
     "Q8_0": (0,),
@@ -30,7 +33,7 @@ def stored_matrix(name: str, rows: int, cols: int, seed: int) -> NDArray[np.uint
     """Random stored bytes of a [rows, cols] matrix, at an odd address; every code and both signs of scales occur."""
     rng = np.random.default_rng(seed)
     stored = FORMATS[name]
-    count = rows * stored.row_bytes(cols)
+    count = -(-rows // stored.block_rows) * stored.row_bytes(cols)
     data = np.empty(count + 1, dtype=np.uint8)[1:]
     if name in PLAIN_FORMATS:
         values = rng.standard_normal(rows * cols).astype(np.float32)
@@ -41,6 +44,12 @@ def stored_matrix(name: str, rows: int, cols: int, seed: int) -> NDArray[np.uint
         return data
     data[:] = rng.integers(0, 256, count, dtype=np.uint8)
     blocks = data.reshape(-1, stored.block_bytes)
+    if name in STRIP_FORMATS:
+        scales = rng.uniform(0.001, 0.02, (len(blocks), stored.block_rows)) * rng.choice([-1, 1], (len(blocks), 1))
+        blocks[:, -2 * stored.block_rows :] = (
+            (scales.astype(np.float32).view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+        )
+        return data
     for offset in HALF_OFFSETS[name]:
         scales = rng.uniform(0.001, 0.02, len(blocks)) * rng.choice([-1, 1], len(blocks))
         blocks[:, offset : offset + 2] = scales.astype(np.float16)[:, None].view(np.uint8)
@@ -49,8 +58,7 @@ def stored_matrix(name: str, rows: int, cols: int, seed: int) -> NDArray[np.uint
 
 def unpacked(name: str, data: NDArray[np.uint8], rows: int, cols: int) -> Array32:
     """The exact weights float32 [rows, cols]."""
-    stored = FORMATS[name]
-    return stored.unpack(np.ascontiguousarray(data).reshape(-1, stored.block_bytes)).reshape(rows, cols)
+    return Tensor((rows, cols), FORMATS[name], np.ascontiguousarray(data)).to_float32()
 
 
 def activations(num_tokens: int, cols: int, seed: int) -> Array32:

@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 from gemma2_fast import _core
 from gemma2_fast.errors import Gemma2FastError, RequestError
 from gemma2_fast.quant import FORMATS
-from tests.ops.stored_weights import HALF_OFFSETS, PLAIN_FORMATS, stored_matrix, unpacked
+from tests.ops.stored_weights import (
+    HALF_OFFSETS,
+    ROWS_OF_ANY_LENGTH,
+    STRIP_FORMATS,
+    stored_matrix,
+    unpacked,
+)
 
 
 def half_bytes(*values: float) -> list[int]:
@@ -31,12 +37,36 @@ def test_q8_0_block_by_hand(ops: _core.Ops) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_equals_numpy(ops: _core.Ops, name: str) -> None:
-    cols = 67 if name in PLAIN_FORMATS else 64 * FORMATS[name].block_weights
+    cols = 67 if name in ROWS_OF_ANY_LENGTH else 64 * FORMATS[name].block_weights
     data = stored_matrix(name, 1, cols, seed=1)
     np.testing.assert_array_equal(ops.dequantize_row(name, data, cols), unpacked(name, data, 1, cols)[0])
 
 
-@pytest.mark.parametrize("name", PLAIN_FORMATS)
+@pytest.mark.parametrize("name", STRIP_FORMATS)
+def test_every_row_of_strips(ops: _core.Ops, name: str) -> None:
+    rows, cols = 131, 300  # a last strip and a last block that are not full
+    data = stored_matrix(name, rows, cols, seed=2)
+    expected = unpacked(name, data, rows, cols)
+    for row in range(rows):
+        np.testing.assert_array_equal(ops.dequantize_row(name, data, cols, rows, row), expected[row])
+    with pytest.raises(RequestError, match=r"row: expected 0\.\.130, got 131"):
+        ops.dequantize_row(name, data, cols, rows, rows)
+
+
+def test_strips_by_hand(ops: _core.Ops) -> None:
+    # Of int8, column 6 is byte 2 of the second four; of int4, row 49 is the high nibble of lane 1 in the second half.
+    int8 = np.full((32, 64, 4), 128, np.uint8)
+    int8[1, 49, 2] = 131
+    int4 = np.full((8, 2, 16, 4), 0x88, np.uint8)
+    int4[1, 1, 1, 2] = 0xB8
+    half = np.full(64, 0x3F00, np.uint16).view(np.uint8)  # 0.5 in bfloat16
+    for name, codes in (("INT8_G128", int8), ("INT4_G32", int4)):
+        data = np.concatenate([codes.ravel(), half])
+        assert np.flatnonzero(ops.dequantize_row(name, data, 32, 64, 49)).tolist() == [6]
+        assert ops.dequantize_row(name, data, 32, 64, 49)[6] == 1.5
+
+
+@pytest.mark.parametrize("name", ROWS_OF_ANY_LENGTH)
 @pytest.mark.parametrize("cols", [1, 7, 8, 9, 15, 16, 17, 31])
 def test_short_rows(ops: _core.Ops, name: str, cols: int) -> None:
     data = stored_matrix(name, 1, cols, seed=cols)
@@ -63,7 +93,7 @@ def test_extreme_scales(ops: _core.Ops, name: str, scale: float) -> None:
     np.testing.assert_array_equal(ops.dequantize_row(name, data, cols), unpacked(name, data, 1, cols)[0])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in STRIP_FORMATS])
 def test_equals_gguf_package(ops: _core.Ops, name: str) -> None:
     gguf = pytest.importorskip("gguf")
     cols = 4 * FORMATS[name].block_weights

@@ -15,7 +15,7 @@ import pytest
 CPU = Path(__file__).parents[2] / "csrc" / "cpu"
 SOURCES = sorted([*(CPU / "kernels").iterdir(), CPU / "simd.h", CPU / "vector_math.h"])
 HEADERS = {"cmath", "cstddef", "cstdint", "cstring", "immintrin.h"}
-NAMES = {"byte", "memcpy", "size_t"}  # types, and functions that the compiler replaces
+NAMES = {"byte", "memcpy", "memset", "size_t"}  # types, and functions that the compiler replaces
 
 
 def faults(source: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from gemma2_fast.errors import RequestError
 from gemma2_fast.quant import FORMATS
 from tests.ops.stored_weights import (
     INSTRUCTION_SETS,
-    PLAIN_FORMATS,
+    ROWS_OF_ANY_LENGTH,
     Array32,
     Array64,
     activations,
@@ -62,7 +62,7 @@ def make_case(name: str, rows: int, cols: int, num_tokens: int, seed: int = 0) -
 
 def columns_of(name: str) -> list[int]:
     block = FORMATS[name].block_weights
-    return PLAIN_COLS if name in PLAIN_FORMATS else [block, 3 * block, 1024 + block]
+    return PLAIN_COLS if name in ROWS_OF_ANY_LENGTH else [block, 3 * block, 1024 + block]
 
 
 def test_by_hand(ops: _core.Ops) -> None:

@@ -52,6 +52,34 @@ def test_a_slow_task_does_not_hold_up_the_others() -> None:
     _core.ThreadPool(2).parallel_for(num_tasks, run)
 
 
+def test_each_thread_takes_consecutive_tasks() -> None:
+    """Threads that go in step never leave their halves; one that has no tasks left takes the other's last."""
+    both = threading.Barrier(2, timeout=10)
+    runs: dict[int, list[int]] = {0: [], 1: []}
+
+    def run(task: int, thread: int) -> None:
+        both.wait()
+        runs[thread].append(task)
+        both.wait()
+
+    _core.ThreadPool(2).parallel_for(20, run)
+    assert runs == {0: list(range(10)), 1: list(range(10, 20))}
+
+    helped: list[int] = []
+    done = threading.Event()
+
+    def slow_first(task: int, thread: int) -> None:
+        if task == 0:
+            assert done.wait(10)
+        elif task < 10:
+            helped.append(task)
+            if len(helped) == 9:
+                done.set()
+
+    _core.ThreadPool(2).parallel_for(20, slow_first)
+    assert helped == list(range(9, 0, -1))
+
+
 def test_an_exception_is_raised_after_all_tasks() -> None:
     done = []
 
@@ -82,7 +110,7 @@ def test_pools_come_and_go() -> None:
 def test_instruction_sets() -> None:
     names = _core.instruction_sets()
     assert names[0] == "scalar"
-    assert names == [name for name in ("scalar", "avx2", "avx512_vnni") if name in names]
+    assert names == [name for name in ("scalar", "avx2", "avx_vnni", "avx512_vnni", "avx512_amx") if name in names]
     assert _core.choose_instruction_set("auto") == names[-1]
     for name in names:
         assert _core.choose_instruction_set(name) == name

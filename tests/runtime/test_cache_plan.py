@@ -23,6 +23,12 @@ def test_gemma_2_2b_has_a_windowed_and_a_global_group() -> None:
     assert plan.num_bytes == sum(g.num_blocks * g.block_bytes("bfloat16") for g in plan.paged)
 
 
+def test_bytes_of_an_int8_page() -> None:
+    """A token's key and value: 256 codes and a float32 scale each, in 4 heads of 13 layers, 32 tokens."""
+    plan = plan_cache(TWO_B, kv_dtype="int8", max_seq_len=8192, max_sequences=1, max_step_tokens=512)
+    assert plan.paged[1].block_bytes("int8") == 13 * 4 * 32 * 2 * (256 + 4)
+
+
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 100, 512])
 @pytest.mark.parametrize("chunk", [1, 7, 32, 64])
 def test_a_ring_holds_the_window_and_a_chunk_wherever_it_starts(window: int, chunk: int) -> None:

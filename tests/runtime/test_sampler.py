@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gemma2_fast import _core
 from gemma2_fast.engine.step_batch import StepBatch
-from gemma2_fast.errors import RequestError
+from gemma2_fast.errors import BackendError, RequestError
 
 from .fake_step import collect, ids_of
 
@@ -25,12 +25,17 @@ def table(scale: float, seed: int = 0) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).standard_normal((64, VOCAB_SIZE)) * scale).astype(np.float32)
 
 
-def run_requests(rows: NDArray[np.float32], requests: Sequence[_core.Request], **limits: int) -> list[list[int]]:
+def capped(rows: NDArray[np.float32], cap: float | None) -> NDArray[np.float32]:
+    """What a model with this final soft cap means by its logits; the sampler gets them without it."""
+    return rows if cap is None else (cap * np.tanh(rows.astype(np.float64) / cap)).astype(np.float32)
+
+
+def run_requests(rows: NDArray[np.float32], requests: Sequence[_core.Request], **limits: Any) -> list[list[int]]:
     return [ids_of(events) for events in run_events(rows, requests, **limits)]
 
 
 def run_events(
-    rows: NDArray[np.float32], requests: Sequence[_core.Request], **limits: int
+    rows: NDArray[np.float32], requests: Sequence[_core.Request], **limits: Any
 ) -> list[list[_core.TokenEvent]]:
     def run(batch: StepBatch) -> NDArray[np.float32]:
         return rows[batch.positions[batch.logits_token]]
@@ -167,14 +172,81 @@ FEATURES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("params", FEATURES, ids=str)
-def test_each_feature_equals_numpy(params: dict[str, Any]) -> None:
+@pytest.mark.parametrize("cap", [None, 30.0, 2.5])
+def test_each_feature_equals_numpy(params: dict[str, Any], cap: float | None) -> None:
     for scale in (0.3, 3.0, 30.0):  # nearly flat, like a model, nearly certain
         rows = table(scale)
         if "penalty" in str(params):  # only matters where tokens come back
             rows[:] = rows[0] + table(0.3, seed=1)
+        if cap is not None:  # far beyond the cap, values become equal in float32
+            rows *= np.float32(min(1, 4 * cap / np.abs(rows).max()))
         seeds = [0, 1, 2**64 - 1, 12345] if params.get("temperature") else [0]
-        got = run_requests(rows, [request(**params, seed=seed) for seed in seeds])
-        assert got == [expected(rows, params | {"seed": seed}) for seed in seeds]
+        got = run_requests(rows, [request(**params, seed=seed) for seed in seeds], final_softcap=cap)
+        assert got == [expected(capped(rows, cap), params | {"seed": seed}) for seed in seeds]
+
+
+def test_the_cap_by_hand() -> None:
+    """cap 2: a logit of ln 3 becomes 2 tanh(ln(3) / 2) = 1, and 2 ln 2 becomes 2 tanh(ln 2) = 1.2."""
+    rows = np.zeros((4, 8), np.float32)
+    rows[:, 3], rows[:, 5] = np.log(3), 2 * np.log(2)
+    asked = request(prompt=[0], max_tokens=1, num_logprobs=2)
+    ((event,),) = run_events(rows, [asked], final_softcap=2.0)
+    normaliser = np.log(6 + np.exp(1.0) + np.exp(1.2))
+    assert event.logprob is not None
+    assert [token for token, _ in event.logprob.top] == [5, 3]
+    assert [value for _, value in event.logprob.top] == pytest.approx([1.2 - normaliser, 1 - normaliser], abs=1e-6)
+
+
+def test_bias_and_penalties_act_on_capped_logits() -> None:
+    rows = np.zeros((64, VOCAB_SIZE), np.float32)
+    rows[:, 5], rows[:, 9] = 400, 30  # 30 and 30 tanh(1) = 22.8 after the cap
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({}, 5),
+        ({"repetition_penalty": 1.4}, 9),  # 30 / 1.4 = 21.4; 400 / 1.4 would still win
+        ({"repetition_penalty": 1.3}, 5),  # 23.1
+        ({"logit_bias": [(9, 8.0)]}, 9),
+        ({"logit_bias": [(9, 7.0)]}, 5),
+    ]
+    for params, winner in cases:
+        (ids,) = run_requests(rows, [request(max_tokens=1, **params)], final_softcap=30.0)
+        assert ids == [winner], params
+
+
+def test_logits_that_the_cap_makes_equal_keep_their_order() -> None:
+    rows = np.zeros((64, VOCAB_SIZE), np.float32)
+    rows[:, 7], rows[:, 70], rows[:, 700] = 600, 800, 700
+    best, two = run_requests(
+        rows, [request(max_tokens=1), request(temperature=1.0, top_k=2, max_tokens=50)], final_softcap=30.0
+    )
+    assert best == [70]
+    assert set(two) == {70, 700}
+
+
+def test_tokens_that_the_model_rules_out_stay_ruled_out() -> None:
+    rows = np.full((64, VOCAB_SIZE), -np.inf, np.float32)
+    rows[:, [3, 4]] = 0
+    params = [{"temperature": 100.0}, {"temperature": 100.0, "top_p": 0.9999}, {"temperature": 1e3, "min_p": 1e-9}]
+    for ids in run_requests(rows, [request(max_tokens=50, **p) for p in params], final_softcap=5.0):
+        assert set(ids) == {3, 4}
+    with_bias = request(max_tokens=50, temperature=100.0, logit_bias=[(3, 1.0)])
+    assert set(run_requests(rows, [with_bias], final_softcap=5.0)[0]) == {3, 4}
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, np.inf, np.nan])
+def test_a_cap_that_is_none(cap: float) -> None:
+    with pytest.raises(BackendError, match="soft cap"):
+        run_requests(table(1.0), [request()], final_softcap=cap)
+
+
+def test_prompt_logits_are_capped() -> None:
+    rows = table(20.0)
+    rows[2, :4] = [-np.inf, 1e38, -1e38, 1e-30]
+    out = np.empty((len(PROMPT), VOCAB_SIZE), np.float32)
+    params = _core.SamplingParams(max_tokens=0)
+    run_events(rows, [_core.Request(token_ids=PROMPT, sampling=params, logits_out=out)], final_softcap=30.0)
+    exact = capped(rows[: len(PROMPT)], 30.0)
+    exact[2, 0] = -np.inf
+    np.testing.assert_allclose(out, exact, rtol=4e-7, atol=0)
 
 
 def test_penalties_change_the_choice() -> None:
@@ -219,10 +291,11 @@ def test_a_ban_on_every_token_is_an_error() -> None:
     assert "no token that could be chosen" in event.message
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e38])
-def test_extreme_temperatures(temperature: float) -> None:
+def test_extreme_temperatures(temperature: float, cap: float | None) -> None:
     rows = table(3.0)
-    (ids,) = run_requests(rows, [request(temperature=temperature, max_tokens=20, top_p=0.9)])
+    (ids,) = run_requests(rows, [request(temperature=temperature, max_tokens=20, top_p=0.9)], final_softcap=cap)
     if temperature < 1:
         assert ids == run_requests(rows, [request()])[0]
     else:
@@ -254,23 +327,26 @@ def test_draws_of_one_sequence_are_uniform() -> None:
     assert float(np.abs(draws - (np.arange(4000) + 0.5) / 4000).max()) < 0.031  # Kolmogorov-Smirnov, 99.9 %
 
 
+@pytest.mark.parametrize("cap", [None, 30.0])
 @pytest.mark.parametrize("scale", [0.01, 3.0, 40.0])
-def test_logprobs_are_of_the_raw_logits(scale: float) -> None:
+def test_logprobs_are_of_the_capped_logits(scale: float, cap: float | None) -> None:
     rows = table(scale)
     rows[3, :40] = rows[3].max() + 1  # ties across the edge of the top
     rows[4, 500:] = -np.inf
     sampled = request(num_logprobs=7, temperature=0.7, repetition_penalty=1.4, logit_bias=[(9, 50.0)], max_tokens=3)
-    (events,) = run_events(rows, [sampled])
-    for event, row in zip(events, rows[3:6].astype(np.float64), strict=True):
+    (events,) = run_events(rows, [sampled], final_softcap=cap)
+    for event, raw, row in zip(events, rows[3:6], capped(rows, cap)[3:6].astype(np.float64), strict=True):
+        row[raw == -np.inf] = -np.inf
         shifted = row - row.max()
         logprobs = shifted - np.log(np.exp(shifted).sum())
         assert event.logprob is not None
         assert event.token_id is not None
         # float32 near the logits' size is all the precision there is
-        assert event.logprob.logprob == pytest.approx(logprobs[event.token_id], abs=1e-6, rel=3e-7)
-        best = np.argsort(-row, kind="stable")[:7]
+        near = {"abs": 1e-6 + 4e-7 * (cap or 0), "rel": 3e-7}
+        assert event.logprob.logprob == pytest.approx(logprobs[event.token_id], **near)
+        best = np.argsort(-raw, kind="stable")[:7]
         assert [token for token, _ in event.logprob.top] == best.tolist()
-        assert [value for _, value in event.logprob.top] == pytest.approx(logprobs[best].tolist(), abs=1e-6, rel=3e-7)
+        assert [value for _, value in event.logprob.top] == pytest.approx(logprobs[best].tolist(), **near)
 
 
 def test_all_of_the_vocabulary_as_top_logprobs() -> None:

@@ -54,12 +54,10 @@ def random_weights(spec: ModelSpec, format_name: str, seed: int = 0) -> dict[str
 
 def random_matrix(rng: np.random.Generator, shape: tuple[int, ...], format_: Format, deviation: float) -> Tensor:
     """A matrix of about the given standard deviation; formats that cannot be packed are drawn as blocks."""
-    num_blocks = int(np.prod(shape)) // format_.block_weights
     if format_.pack is not None:
-        values = rng.standard_normal((num_blocks, format_.block_weights), dtype=np.float32) * np.float32(deviation)
-        blocks = format_.pack(values)
-    else:
-        blocks = _K_BLOCKS[format_.name](rng, num_blocks, deviation)
+        values = rng.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
+        return Tensor.from_float32(values, format_)
+    blocks = _K_BLOCKS[format_.name](rng, int(np.prod(shape)) // format_.block_weights, deviation)
     return Tensor(shape, format_, np.ascontiguousarray(blocks).reshape(-1))
 
 

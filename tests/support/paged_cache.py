@@ -26,8 +26,18 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def int8_codes(values: Floats) -> tuple[Floats, Floats]:
+    """Codes [T, K, D], as floats, and scales [T, K, 1] of an int8 cache."""
+    scales = np.abs(values).max(axis=-1, keepdims=True) / np.float32(127)
+    codes = np.clip(np.rint(values / np.where(scales > 0, scales, np.float32(1))), -127, 127)
+    return codes, scales
+
+
 class PagedCache:
-    """`pages`: [N, K, 2, D * P], every element NaN until it is written; `table`: the block of each logical page."""
+    """`pages`: [N, K, a page's elements], NaN until they are written; `table`: the block of each logical page.
+
+    An int8 page is bytes of all ones, which makes its scales NaN.
+    """
 
     def __init__(
         self, ops: _core.Ops, kv_dtype: str, kv_heads: int, head_dim: int, table: Sequence[int], num_blocks: int
@@ -36,12 +46,15 @@ class PagedCache:
         self.kv_dtype = kv_dtype
         self.head_dim = head_dim
         self.table = np.asarray(table, np.int32)
-        shape = (num_blocks, kv_heads, 2, head_dim * PAGE_TOKENS)
-        self.pages: NDArray[np.float32] | NDArray[np.uint16]
+        padded = -(-head_dim // 32) * 32
+        shape = (num_blocks, kv_heads, 2 * padded * PAGE_TOKENS)
+        self.pages: NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.uint8]
         if kv_dtype == "float32":
             self.pages = np.full(shape, np.nan, np.float32)
-        else:
+        elif kv_dtype == "bfloat16":
             self.pages = np.full(shape, BFLOAT16_NAN, np.uint16)
+        else:
+            self.pages = np.full((*shape[:2], shape[2] + 2 * PAGE_TOKENS * 4), 0xFF, np.uint8)
 
     @classmethod
     def filled(cls, ops: _core.Ops, kv_dtype: str, keys: Floats, values: Floats, seed: int = 0) -> PagedCache:
@@ -61,6 +74,9 @@ class PagedCache:
 
     def stored(self, values: Floats) -> Floats:
         """What the cache keeps of these values."""
+        if self.kv_dtype == "int8":
+            codes, scales = int8_codes(values)
+            return codes * scales
         return values if self.kv_dtype == "float32" else round_to_bfloat16(values)
 
     def attend(

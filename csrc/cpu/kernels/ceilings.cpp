@@ -1,5 +1,6 @@
 #include "cpu/ceilings.h"
 
+#include "cpu/kernels/amx_tiles.h"
 #include "cpu/simd.h"
 
 GEMMA2_FAST_BEGIN_ISA
@@ -58,7 +59,22 @@ int64_t multiply_add(int64_t wanted) {
 
 int64_t multiply_add_bytes(int64_t wanted) {
     int64_t done = 0;
-#if defined(__AVX512VNNI__)
+#if defined(__AMX_INT8__)
+    const AmxTiles tiles(64);
+    alignas(64) static const uint8_t bytes[kAmxRows * 64] = {};
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, bytes, 64);
+    _tile_loadd(6, bytes, 64);
+    for (; done < wanted; done += 4 * kAmxRows * kAmxRows * 64) {
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 6);
+        _tile_dpbsud(2, 4, 6);
+        _tile_dpbsud(3, 4, 6);
+    }
+#elif defined(__AVX512VNNI__)
     __m512i sums[kChains];
     GEMMA2_FAST_UNROLL
     for (__m512i& sum : sums) sum = _mm512_setzero_si512();
@@ -67,6 +83,18 @@ int64_t multiply_add_bytes(int64_t wanted) {
         GEMMA2_FAST_UNROLL
         for (__m512i& sum : sums) {
             sum = _mm512_dpbusd_epi32(sum, bytes, bytes);
+            keep(sum);
+        }
+    }
+#elif defined(__AVXVNNI__)
+    __m256i sums[kChains];
+    GEMMA2_FAST_UNROLL
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+    const __m256i bytes = _mm256_set1_epi8(3);
+    for (; done < wanted; done += kChains * 32) {
+        GEMMA2_FAST_UNROLL
+        for (__m256i& sum : sums) {
+            sum = _mm256_dpbusd_avx_epi32(sum, bytes, bytes);
             keep(sum);
         }
     }

@@ -3,11 +3,15 @@
 
 GEMMA2_FAST_BEGIN_ISA
 
-void dequantize_row(WeightType type, const std::byte* row, int64_t cols, float* out) {
-    with_format(type, [=]<typename Format>() {
-        unpack_row<Format>(
-            row, cols, [=](int64_t col, F32 weights) { store(out + col, weights); },
-            [=](int64_t col, F32 weights) { store_first(out + col, weights, cols - col); });
+void dequantize_row(const WeightView& weight, int64_t row, float* out) {
+    const int64_t cols = weight.cols;
+    const auto take = [=](int64_t col, F32 weights) { store(out + col, weights); };
+    const auto take_rest = [=](int64_t col, F32 weights) { store_first(out + col, weights, cols - col); };
+    with_format(weight.type, [&]<typename Format>() {
+        if constexpr (InStrips<Format>)
+            unpack_strip_row<Format>(weight.row(row / kStripRows), row % kStripRows, 0, cols, take, take_rest);
+        else
+            unpack_row<Format>(weight.row(row), cols, take, take_rest);
     });
 }
 

@@ -4,7 +4,7 @@
 // once). Steps are as long as weights share stored bytes. Layouts: see gemma2_fast.quant.
 #pragma once
 
-#include "cpu/kernels/dequantize_simd.h"
+#include "cpu/kernels/dequantize_strips.h"
 #include "quant/weight_format.h"
 
 GEMMA2_FAST_BEGIN_ISA
@@ -274,6 +274,12 @@ inline void with_format(WeightType type, Visitor&& visitor) {
             return visitor.template operator()<FormatQ5_K>();
         case WeightType::kQ6_K:
             return visitor.template operator()<FormatQ6_K>();
+        case WeightType::kInt8G128:
+            return visitor.template operator()<FormatInt8G128>();
+        case WeightType::kInt4G128:
+            return visitor.template operator()<FormatInt4<128>>();
+        case WeightType::kInt4G32:
+            return visitor.template operator()<FormatInt4<32>>();
     }
 }
 

@@ -61,9 +61,8 @@ inline void store_scaled(uint64_t codes, TwoFloats factors, float* out) {
 struct I32 {
     __m512i v;
 };
-inline I32 load_u8(const std::byte* p) {
-    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
+inline I32 load_u8(__m128i bytes) { return {_mm512_cvtepu8_epi32(bytes)}; }
+inline I32 load_u8(const std::byte* p) { return load_u8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline I32 load_i8(const std::byte* p) {
     return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -72,6 +71,8 @@ inline I32 bit_or(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline I32 shift_left(I32 a, int count) { return {_mm512_slli_epi32(a.v, static_cast<unsigned>(count))}; }
 inline I32 shift_right(I32 a, int count) { return {_mm512_srli_epi32(a.v, static_cast<unsigned>(count))}; }
 inline F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I32 add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I32 add(I32 a, int32_t b) { return {_mm512_add_epi32(a.v, _mm512_set1_epi32(b))}; }
 // The low four bits of `codes` below a fifth: in lane i, bit first_bit + i of `word`. Bits above those are anything.
 inline I32 with_fifth_bits(I32 codes, uint32_t word, int64_t first_bit) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -124,9 +125,8 @@ class FiveBitWeights {
 struct I32 {
     __m256i v;
 };
-inline I32 load_u8(const std::byte* p) {
-    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
-}
+inline I32 load_u8(__m128i bytes) { return {_mm256_cvtepu8_epi32(bytes)}; }  // its low half
+inline I32 load_u8(const std::byte* p) { return load_u8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
 inline I32 load_i8(const std::byte* p) {
     return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -135,6 +135,8 @@ inline I32 bit_or(I32 a, I32 b) { return {_mm256_or_si256(a.v, b.v)}; }
 inline I32 shift_left(I32 a, int count) { return {_mm256_slli_epi32(a.v, count)}; }
 inline I32 shift_right(I32 a, int count) { return {_mm256_srli_epi32(a.v, count)}; }
 inline F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline I32 add(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline I32 add(I32 a, int32_t b) { return {_mm256_add_epi32(a.v, _mm256_set1_epi32(b))}; }
 inline I32 with_fifth_bits(I32 codes, uint32_t word, int64_t first_bit) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i shift = _mm256_add_epi32(lane, _mm256_set1_epi32(static_cast<int>(first_bit)));
@@ -159,6 +161,8 @@ inline I32 bit_or(I32 a, I32 b) { return {a.v | b.v}; }
 inline I32 shift_left(I32 a, int count) { return {a.v << count}; }
 inline I32 shift_right(I32 a, int count) { return {a.v >> count}; }
 inline F32 to_float(I32 a) { return {static_cast<float>(a.v)}; }
+inline I32 add(I32 a, I32 b) { return {a.v + b.v}; }
+inline I32 add(I32 a, int32_t b) { return {a.v + b}; }
 inline I32 with_fifth_bits(I32 codes, uint32_t word, int64_t first_bit) {
     return {(codes.v & 15) | static_cast<int32_t>(word >> first_bit << 4)};
 }

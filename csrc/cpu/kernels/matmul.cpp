@@ -4,11 +4,17 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
-// Up to this many tokens rows are used as they are unpacked; for more, a panel of rows and columns is unpacked once for
-// a block of tokens.
-constexpr int64_t kDirectTokens = kLanes == 16 ? 4 : 2;
-// Tokens of a panel tile at most: as many accumulators as the registers hold beside their operands.
+// Tokens of a tile at most: as many accumulators as the registers hold beside their operands.
 constexpr int64_t kPanelTokens = kLanes == 16 ? 6 : 2;
+// Up to so many tokens rows are used as they are unpacked; for more, a panel of rows and columns is unpacked once for a
+// block of tokens. Plain numbers cost so little to unpack that several tiles of tokens may do it, one after another on
+// the same rows, which only the first reads from memory.
+template <typename Format>
+constexpr bool kIsPlain = requires { Format::kElementBytes; };
+template <typename Format>
+constexpr int64_t kDirectTileTokens = kLanes < 16 ? 2 : (kIsPlain<Format> ? kPanelTokens : 4);
+template <typename Format>
+constexpr int64_t kDirectTokens = kLanes == 16 && kIsPlain<Format> ? 16 : kDirectTileTokens<Format>;
 // The activations of a tile over kPanelCols stay in a first-level cache, the panel and the waiting accumulators of a
 // block of tokens in a second-level one of 1 MiB.
 constexpr int64_t kPanelRows = 64, kPanelCols = 1024, kBlockTokens = 120;
@@ -21,7 +27,7 @@ constexpr int64_t round_up(int64_t value, int64_t unit) { return divide_up(value
 
 struct Matmul {
     const std::byte* data;
-    int64_t row_bytes;
+    int64_t row_bytes;  // or those of a strip
     int64_t row_begin, row_end;
     int64_t cols;
     const float* x;
@@ -30,23 +36,6 @@ struct Matmul {
     int64_t out_stride;
     float* scratch;
 };
-
-template <typename Format, int kTokens>
-void direct_rows(const Matmul& m) {
-    for (int64_t row = m.row_begin; row < m.row_end; row += kTileRows) {
-        const int64_t num_rows = min(kTileRows, m.row_end - row);
-        direct_tile<Format, kTokens>(m.data + row * m.row_bytes, m.row_bytes, num_rows, m.x, m.cols, m.out + row,
-                                     m.out_stride);
-    }
-}
-
-template <typename Format, int kTokens = 1>
-void direct(const Matmul& m) {
-    if (m.num_tokens == kTokens)
-        direct_rows<Format, kTokens>(m);
-    else if constexpr (kTokens < kDirectTokens)
-        direct<Format, kTokens + 1>(m);
-}
 
 struct Range {
     int64_t begin, end;
@@ -58,6 +47,32 @@ Range part_of(Range whole, int64_t index, int64_t num_parts) {
     return {whole.begin + whole.size() * index / num_parts, whole.begin + whole.size() * (index + 1) / num_parts};
 }
 
+template <typename Format, int kTokens = 1>
+void run_direct_tile(int64_t num_tokens, const DirectTile& tile) {
+    if (num_tokens == kTokens)
+        direct_tile<Format, kTokens>(tile);
+    else if constexpr (kTokens < kDirectTileTokens<Format>)
+        run_direct_tile<Format, kTokens + 1>(num_tokens, tile);
+}
+
+template <typename Format>
+void direct(const Matmul& m) {
+    const int64_t num_tiles = divide_up(m.num_tokens, kDirectTileTokens<Format>);
+    for (int64_t row = m.row_begin; row < m.row_end; row += kTileRows)
+        for (int64_t i = 0; i < num_tiles; ++i) {
+            const Range tokens = part_of({0, m.num_tokens}, i, num_tiles);
+            run_direct_tile<Format>(tokens.size(), {.row = m.data + row * m.row_bytes,
+                                                    .row_bytes = m.row_bytes,
+                                                    .num_rows = min(kTileRows, m.row_end - row),
+                                                    .x = m.x + tokens.begin * m.cols,
+                                                    .cols = m.cols,
+                                                    .out = m.out + tokens.begin * m.out_stride + row,
+                                                    .out_stride = m.out_stride,
+                                                    .fetch_part = i,
+                                                    .num_fetch_parts = num_tiles});
+        }
+}
+
 // Unpacks to tiles of kTileRows interleaved rows; the last tile's missing rows are zeros. Inlined, it would lose its
 // registers to the loops around it.
 template <typename Format>
@@ -66,11 +81,15 @@ __attribute__((noinline)) void unpack_panel(const Matmul& m, Range rows, Range c
     for (int64_t r = 0; r < round_up(rows.size(), kTileRows); ++r) {
         float* out = panel + r / kTileRows * tile_floats + r % kTileRows * kLanes;
         const auto put = [=](int64_t col, F32 weights) { store(out + col * kTileRows, weights); };
-        const std::byte* row = m.data + (rows.begin + r) * m.row_bytes;
-        if (r < rows.size())
-            unpack_row<Format>(row + cols.begin / Format::kBlockWeights * Format::kBlockBytes, cols.size(), put, put);
-        else
+        const int64_t row = rows.begin + r;
+        if (r >= rows.size())
             for (int64_t col = 0; col < cols.size(); col += kLanes) put(col, broadcast(0));
+        else if constexpr (InStrips<Format>)
+            unpack_strip_row<Format>(m.data + row / kStripRows * m.row_bytes, row % kStripRows, cols.begin, cols.end,
+                                     put, put);
+        else
+            unpack_row<Format>(m.data + row * m.row_bytes + cols.begin / Format::kBlockWeights * Format::kBlockBytes,
+                               cols.size(), put, put);
     }
 }
 
@@ -144,15 +163,11 @@ int64_t matmul_scratch_floats(int64_t cols) {
 void matmul(const WeightView& weight, int64_t row_begin, int64_t row_end, const float* x, int64_t num_tokens,
             float* out, int64_t out_stride, float* scratch) {
     with_format(weight.type, [&]<typename Format>() {
-        const int64_t block_weights = Format::kBlockWeights;
-        int64_t row_bytes = weight.cols / block_weights * Format::kBlockBytes;
-        if constexpr (requires { Format::kElementBytes; }) row_bytes = weight.cols * Format::kElementBytes;
-        const Matmul m{weight.data, row_bytes,  row_begin, row_end,    weight.cols,
-                       x,           num_tokens, out,       out_stride, scratch};
-        if (num_tokens <= kDirectTokens)
-            direct<Format>(m);
-        else
-            through_panels<Format>(m);
+        const Matmul m{weight.data, weight.row_bytes(), row_begin, row_end,    weight.cols,
+                       x,           num_tokens,         out,       out_stride, scratch};
+        if constexpr (!InStrips<Format>)
+            if (num_tokens <= kDirectTokens<Format>) return direct<Format>(m);
+        through_panels<Format>(m);
     });
 }
 

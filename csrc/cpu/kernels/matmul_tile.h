@@ -10,8 +10,10 @@ namespace {
 
 constexpr int64_t kTileRows = 4;
 
-// Stored bytes are fetched this far ahead, and at least a tile of rows: less than that and memory is waited for.
-constexpr int64_t kAheadBytes = 16384;
+// Stored bytes are fetched into the second-level cache this far ahead, and at least a tile of rows: less than that and
+// memory is waited for. From there every row's are fetched into the first-level cache shortly before their use; with
+// that a core streams bfloat16 at 92 % of what it reads, without it at 83 %.
+constexpr int64_t kAheadBytes = 16384, kNearBytes = 512;
 
 // Adds to sums[t][r] the vector products of four rows' weights with each token's activations.
 template <int kTokens>
@@ -41,13 +43,29 @@ inline __attribute__((always_inline)) void store_sums(const F32 (&sums)[kTokens]
 }
 
 // Four rows straight from their stored blocks, for few tokens: each weight is unpacked in registers and used at once.
-// Rows past num_rows are read as the last one. Fetches the next tile's bytes as it goes: mapped rows are contiguous.
+// Rows past num_rows are read as the last one. Fetches the next rows' bytes as it goes (stored rows are contiguous), or
+// its part of them where several tiles of tokens use the same rows.
+struct DirectTile {
+    const std::byte* row;
+    int64_t row_bytes;
+    int64_t num_rows;
+    const float* x;  // of the first token
+    int64_t cols;
+    float* out;
+    int64_t out_stride;
+    int64_t fetch_part, num_fetch_parts;
+};
+
 template <typename Format, int kTokens>
-void direct_tile(const std::byte* row, int64_t row_bytes, int64_t num_rows, const float* x, int64_t cols, float* out,
-                 int64_t out_stride) {
+void direct_tile(const DirectTile& tile) {
+    const auto [row, row_bytes, num_rows, x, cols, out, out_stride, fetch_part, num_fetch_parts] = tile;
+    constexpr int64_t kStepBytes = kTileRows * Format::kBlockBytes * Format::kStepWeights / Format::kBlockWeights;
+    constexpr int64_t kStepLines = kStepBytes < 64 ? 1 : (kStepBytes + 32) / 64;
+    const int64_t tile_bytes = kTileRows * row_bytes, ahead_step = kStepBytes / num_fetch_parts;
+    const std::byte* ahead =
+        row + (tile_bytes > kAheadBytes ? tile_bytes : kAheadBytes) + tile_bytes * fetch_part / num_fetch_parts;
     const std::byte* blocks[kTileRows];
     for (int64_t r = 0; r < kTileRows; ++r) blocks[r] = row + (r < num_rows ? r : num_rows - 1) * row_bytes;
-    const std::byte* ahead = row + (kTileRows * row_bytes > kAheadBytes ? kTileRows * row_bytes : kAheadBytes);
 
     F32 sums[kTokens][kTileRows];
     for (auto& of_token : sums)
@@ -59,13 +77,13 @@ void direct_tile(const std::byte* row, int64_t row_bytes, int64_t num_rows, cons
         const typename Format::Chunk chunks[kTileRows] = {
             {blocks[0], count}, {blocks[1], count}, {blocks[2], count}, {blocks[3], count}};
         for (int64_t step = 0; step < count / Format::kStepWeights; ++step, col += Format::kStepWeights) {
-            constexpr int64_t kStepBytes =
-                kTileRows * Format::kBlockBytes * Format::kStepWeights / Format::kBlockWeights;
-            constexpr int64_t kStepLines = kStepBytes < 64 ? 1 : (kStepBytes + 32) / 64;
             GEMMA2_FAST_UNROLL
             for (int64_t line = 0; line < kStepLines; ++line)
                 __builtin_prefetch(ahead + line * kStepBytes / kStepLines, 0, 2);
-            ahead += kStepBytes;
+            ahead += ahead_step;
+            GEMMA2_FAST_UNROLL
+            for (int64_t r = 0; r < kTileRows; ++r)
+                __builtin_prefetch(blocks[r] + step * (kStepBytes / kTileRows) + kNearBytes, 0, 3);
             GEMMA2_FAST_UNROLL
             for (int64_t i = 0; i < Format::kStepWeights; i += kLanes) {
                 F32 weights[kTileRows], activations[kTokens];

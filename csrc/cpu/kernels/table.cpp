@@ -16,6 +16,9 @@ const Kernels kernels{
     .dequantize_row = dequantize_row,
     .matmul = matmul,
     .matmul_scratch_floats = matmul_scratch_floats,
+    .quantize_rows = quantize_rows,
+    .int8_matmul = int8_matmul,
+    .int8_matmul_scratch_floats = int8_matmul_scratch_floats,
     .rms_norm = rms_norm,
     .rms_norm_add = rms_norm_add,
     .add = add,
@@ -25,7 +28,11 @@ const Kernels kernels{
     .rope = rope,
     .write_kv = write_kv,
     .attention = attention,
+    .attention_parts = attention_parts,
+    .join_attention_parts = join_attention_parts,
+    .attention_part_floats = attention_part_floats,
     .attention_scratch_floats = attention_scratch_floats,
+    .attention_queries = attention_queries,
 };
 
 GEMMA2_FAST_END_ISA

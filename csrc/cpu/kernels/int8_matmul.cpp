@@ -1,0 +1,98 @@
+#include "cpu/kernels/declarations.h"
+#include "cpu/kernels/int8_tile.h"
+#include "cpu/kernels/int8_tile_amx.h"
+
+GEMMA2_FAST_BEGIN_ISA
+namespace {
+
+// Sums of this many tokens stay in a first-level cache beside a group of weights.
+constexpr int64_t kBlockTokens = 48;
+// For more tokens than a block some groups are unpacked once for all; they stay in a second-level cache.
+constexpr int64_t kChunkGroups = 16;
+// Sums of all tokens wait in a second-level cache between chunks; what has more reads the weights again.
+constexpr int64_t kMostTokens = 512;
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+struct Scratch {
+    GroupBuffer* groups;  // [kChunkGroups]
+    float* sums;          // [kMostTokens][64]
+};
+
+TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token, float* sums) {
+    const int64_t place = group * x.token_stride + token;
+    return {.codes = x.codes + place * kGroupCols,
+            .outliers = x.outliers + place,
+            .scales = x.scales + place,
+            .sums = x.sums + place,
+            .part_sums = x.part_sums + place * kMaxParts,
+            .out = sums,
+            .first = group == 0};
+}
+
+// Tokens [first, first + count) with one group; sums are those of the first of them.
+template <typename Strips>
+void multiply_group(const Group& group, int64_t group_index, const QuantizedRows& x, int64_t first, int64_t count,
+                    bool fetches, float* sums) {
+    int64_t done = 0;
+#if defined(__AMX_INT8__)
+    done = count % kAmxTokens < kFewestAmxTokens ? count / kAmxTokens * kAmxTokens : count;
+    if (done > 0) amx_tiles<Strips>(group, tile_tokens(x, group_index, first, sums), done);
+#endif
+    const int64_t rest = count - done, num_tiles = divide_up(rest, kTileTokens);
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const int64_t begin = done + rest * tile / num_tiles, end = done + rest * (tile + 1) / num_tiles;
+        const TileTokens tokens = tile_tokens(x, group_index, first + begin, sums + begin * kStripRows);
+        if (fetches && tile == 0)
+            run_int8_tile<Strips, Strips::kZero == 128>(end - begin, group, tokens);
+        else
+            run_int8_tile<Strips, false>(end - begin, group, tokens);
+    }
+}
+
+template <typename Strips>
+void multiply_strip(const std::byte* strip, int64_t cols, const QuantizedRows& x, int64_t first, int64_t count,
+                    const Scratch& scratch) {
+#if defined(__AMX_INT8__)
+    const AmxTiles tiles(kGroupCols / Strips::kParts);
+#endif
+    const int64_t num_groups = divide_up(cols, kGroupCols);
+    const int64_t chunk_groups = count > kBlockTokens ? kChunkGroups : 1;
+    for (int64_t chunk = 0; chunk < num_groups; chunk += chunk_groups) {
+        const int64_t chunk_end = min(chunk + chunk_groups, num_groups);
+        Group groups[kChunkGroups];
+        for (int64_t g = chunk; g < chunk_end; ++g)
+            groups[g - chunk] = Strips::unpack(strip, g, cols, scratch.groups[g - chunk]);
+        for (int64_t block = 0; block < count; block += kBlockTokens)
+            for (int64_t g = chunk; g < chunk_end; ++g)
+                multiply_group<Strips>(groups[g - chunk], g, x, first + block, min(kBlockTokens, count - block),
+                                       block == 0, scratch.sums + block * kStripRows);
+    }
+}
+
+}  // namespace
+
+int64_t int8_matmul_scratch_floats(int64_t num_tokens) {
+    constexpr int64_t kGroupFloats = sizeof(GroupBuffer) / sizeof(float);
+    return (num_tokens > kBlockTokens ? kChunkGroups : 1) * kGroupFloats + min(num_tokens, kMostTokens) * kStripRows;
+}
+
+void int8_matmul(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,
+                 int64_t out_stride, float* scratch) {
+    const int64_t num_rows = min(kStripRows, weight.rows - strip * kStripRows);
+    const std::byte* data = weight.data + strip * strip_bytes(weight.type, weight.cols);
+    const int64_t num_buffers = num_tokens > kBlockTokens ? kChunkGroups : 1;
+    const Scratch parts{reinterpret_cast<GroupBuffer*>(scratch),
+                        scratch + num_buffers * static_cast<int64_t>(sizeof(GroupBuffer) / sizeof(float))};
+    for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
+        const int64_t count = min(kMostTokens, num_tokens - first);
+        with_strips(weight.type,
+                    [&]<typename Strips>() { multiply_strip<Strips>(data, weight.cols, x, first, count, parts); });
+        for (int64_t t = 0; t < count; ++t)
+            std::memcpy(out + (first + t) * out_stride, parts.sums + t * kStripRows,
+                        static_cast<std::size_t>(num_rows) * sizeof(float));
+    }
+}
+
+GEMMA2_FAST_END_ISA
