@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"peak memory with {phase}: {rows[index]['peak_bytes'] / 2**30:.2f} GiB")
     if args.json:
         settings: dict[str, Any] = {
-            "model": str(args.model),
+            "model": Path(args.model).name,
             "threads": args.threads,
             "rounds": args.rounds,
             "options": options_of(args),

@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
     print_rows(rows)
     if args.json:
         settings = {
-            "model": str(args.model),
+            "model": Path(args.model).name,
             "threads": args.threads,
             "rounds": args.rounds,
             "options": options_of(args),

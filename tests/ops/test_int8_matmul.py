@@ -71,14 +71,12 @@ def columns_of(name: str) -> list[int]:
     return [40, 330, 2300] if name not in HALF_OFFSETS else [block, 3 * block, 2048 + block]
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", [name for name in QUANTISED if FORMATS[name].pack is not None])
 def test_by_hand(ops: _core.Ops, name: str) -> None:
     """A row of halves times ones, and a row of zeros: sums that every format holds exactly."""
     cols = FORMATS[name].block_weights
     values = np.zeros((3, cols), dtype=np.float32)
     values[1] = 0.5
-    if FORMATS[name].pack is None:
-        pytest.skip(f"{name} is only read: test_exact covers it")
     tensor = Tensor.from_float32(values, FORMATS[name])
     strips = _core.Ops.pack_strips(name, tensor.data, 3, cols)
     out = ops.int8_matmul(name, strips, 3, np.full((2, cols), [[1], [-4]], dtype=np.float32))
