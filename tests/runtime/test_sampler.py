@@ -212,6 +212,14 @@ def test_bias_and_penalties_act_on_capped_logits() -> None:
         assert ids == [winner], params
 
 
+def test_min_p_compares_capped_logits_far_below_zero() -> None:
+    """The -19.9 of the others comes from logits of -23.9, which min_p would rule out."""
+    rows = np.full((64, VOCAB_SIZE), 30 * np.arctanh(-19.9 / 30), np.float32)
+    rows[:, 3] = 30 * np.arctanh(-10 / 30)
+    (ids,) = run_requests(rows, [request(max_tokens=50, temperature=2.0, min_p=float(np.exp(-5)))], final_softcap=30.0)
+    assert len(set(ids)) > 10
+
+
 def test_logits_that_the_cap_makes_equal_keep_their_order() -> None:
     rows = np.zeros((64, VOCAB_SIZE), np.float32)
     rows[:, 7], rows[:, 70], rows[:, 700] = 600, 800, 700

@@ -5,8 +5,8 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
-// Sums of this many tokens stay in a first-level cache beside a group of weights.
-constexpr int64_t kBlockTokens = 48;
+// The sums of so many tokens stay in a first-level cache beside a group of weights.
+constexpr int64_t kTokensAtOnce = 48;
 // For more tokens than a block some groups are unpacked once for all; they stay in a second-level cache.
 constexpr int64_t kChunkGroups = 16;
 // Sums of all tokens wait in a second-level cache between chunks; what has more reads the weights again.
@@ -45,7 +45,7 @@ void multiply_group(const Group& group, int64_t group_index, const QuantizedRows
         const int64_t begin = done + rest * tile / num_tiles, end = done + rest * (tile + 1) / num_tiles;
         const TileTokens tokens = tile_tokens(x, group_index, first + begin, sums + begin * kStripRows);
         if (fetches && tile == 0)
-            run_int8_tile<Strips, Strips::kZero == 128>(end - begin, group, tokens);
+            run_int8_tile<Strips, Strips::kInPlace>(end - begin, group, tokens);
         else
             run_int8_tile<Strips, false>(end - begin, group, tokens);
     }
@@ -58,15 +58,15 @@ void multiply_strip(const std::byte* strip, int64_t cols, const QuantizedRows& x
     const AmxTiles tiles(kGroupCols / Strips::kParts);
 #endif
     const int64_t num_groups = divide_up(cols, kGroupCols);
-    const int64_t chunk_groups = count > kBlockTokens ? kChunkGroups : 1;
+    const int64_t chunk_groups = count > kTokensAtOnce ? kChunkGroups : 1;
     for (int64_t chunk = 0; chunk < num_groups; chunk += chunk_groups) {
         const int64_t chunk_end = min(chunk + chunk_groups, num_groups);
         Group groups[kChunkGroups];
         for (int64_t g = chunk; g < chunk_end; ++g)
             groups[g - chunk] = Strips::unpack(strip, g, cols, scratch.groups[g - chunk]);
-        for (int64_t block = 0; block < count; block += kBlockTokens)
+        for (int64_t block = 0; block < count; block += kTokensAtOnce)
             for (int64_t g = chunk; g < chunk_end; ++g)
-                multiply_group<Strips>(groups[g - chunk], g, x, first + block, min(kBlockTokens, count - block),
+                multiply_group<Strips>(groups[g - chunk], g, x, first + block, min(kTokensAtOnce, count - block),
                                        block == 0, scratch.sums + block * kStripRows);
     }
 }
@@ -75,14 +75,14 @@ void multiply_strip(const std::byte* strip, int64_t cols, const QuantizedRows& x
 
 int64_t int8_matmul_scratch_floats(int64_t num_tokens) {
     constexpr int64_t kGroupFloats = sizeof(GroupBuffer) / sizeof(float);
-    return (num_tokens > kBlockTokens ? kChunkGroups : 1) * kGroupFloats + min(num_tokens, kMostTokens) * kStripRows;
+    return (num_tokens > kTokensAtOnce ? kChunkGroups : 1) * kGroupFloats + min(num_tokens, kMostTokens) * kStripRows;
 }
 
 void int8_matmul(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,
                  int64_t out_stride, float* scratch) {
     const int64_t num_rows = min(kStripRows, weight.rows - strip * kStripRows);
     const std::byte* data = weight.data + strip * strip_bytes(weight.type, weight.cols);
-    const int64_t num_buffers = num_tokens > kBlockTokens ? kChunkGroups : 1;
+    const int64_t num_buffers = num_tokens > kTokensAtOnce ? kChunkGroups : 1;
     const Scratch parts{reinterpret_cast<GroupBuffer*>(scratch),
                         scratch + num_buffers * static_cast<int64_t>(sizeof(GroupBuffer) / sizeof(float))};
     for (int64_t first = 0; first < num_tokens; first += kMostTokens) {

@@ -14,13 +14,14 @@ struct TileTokens {
     const int8_t* codes;       // [tokens][128]
     const Outliers* outliers;  // [tokens]
     const float* scales;       // [tokens]
-    const int32_t* sums;       // [tokens], of a group's codes
+    const int32_t* sums;       // [tokens], of code + 128 * upper
     const int32_t* part_sums;  // [tokens][8], of 16 codes each
     float* out;                // [tokens][64]
     bool first;                // nothing has been summed yet
 };
 
-// The sum of the codes that meet one part.
+// The sum of the activations that meet one part: outliers whole where it is the only one, else without their upper
+// digits.
 template <int64_t kParts>
 inline int32_t code_sum(const TileTokens& tokens, int64_t token, int64_t part) {
     if constexpr (kParts == 1) return tokens.sums[token];
@@ -48,37 +49,29 @@ inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
 
 // Written out: gcc 12 keeps half of the sums on the stack and copies around every product. zmm0 to 23 are the sums,
 // four a token; zmm24 to 27 the codes of four columns and 64 rows; zmm28 four columns of a token.
-#define START(t, a, b, c, d)                    \
-    "vpbroadcastd " #t "*4(%[start]), %%zmm" #a \
-    "\n"                                        \
-    "vpbroadcastd " #t "*4(%[start]), %%zmm" #b \
-    "\n"                                        \
-    "vpbroadcastd " #t "*4(%[start]), %%zmm" #c \
-    "\n"                                        \
+// clang-format off
+#define START(t, a, b, c, d)                        \
+    "vpbroadcastd " #t "*4(%[start]), %%zmm" #a "\n" \
+    "vpbroadcastd " #t "*4(%[start]), %%zmm" #b "\n" \
+    "vpbroadcastd " #t "*4(%[start]), %%zmm" #c "\n" \
     "vpbroadcastd " #t "*4(%[start]), %%zmm" #d "\n"
-#define MULTIPLY(t, a, b, c, d)           \
-    "vpbroadcastd " #t                    \
-    "*128(%[x]), %%zmm28\n"               \
-    "vpdpbusd %%zmm28, %%zmm24, %%zmm" #a \
-    "\n"                                  \
-    "vpdpbusd %%zmm28, %%zmm25, %%zmm" #b \
-    "\n"                                  \
-    "vpdpbusd %%zmm28, %%zmm26, %%zmm" #c \
-    "\n"                                  \
+#define MULTIPLY(t, a, b, c, d)                   \
+    "vpbroadcastd " #t "*128(%[x]), %%zmm28\n"    \
+    "vpdpbusd %%zmm28, %%zmm24, %%zmm" #a "\n"    \
+    "vpdpbusd %%zmm28, %%zmm25, %%zmm" #b "\n"    \
+    "vpdpbusd %%zmm28, %%zmm26, %%zmm" #c "\n"    \
     "vpdpbusd %%zmm28, %%zmm27, %%zmm" #d "\n"
-#define STORE(t, a, b, c, d)     \
-    "vmovdqu64 %%zmm" #a ", " #t \
-    "*256(%[sums])\n"            \
-    "vmovdqu64 %%zmm" #b ", " #t \
-    "*256+64(%[sums])\n"         \
-    "vmovdqu64 %%zmm" #c ", " #t \
-    "*256+128(%[sums])\n"        \
+#define STORE(t, a, b, c, d)                            \
+    "vmovdqu64 %%zmm" #a ", " #t "*256(%[sums])\n"      \
+    "vmovdqu64 %%zmm" #b ", " #t "*256+64(%[sums])\n"   \
+    "vmovdqu64 %%zmm" #c ", " #t "*256+128(%[sums])\n"  \
     "vmovdqu64 %%zmm" #d ", " #t "*256+192(%[sums])\n"
-#define FETCH                              \
-    "prefetcht1 %c[ahead](%[codes])\n"     \
-    "prefetcht1 %c[ahead]+64(%[codes])\n"  \
-    "prefetcht1 %c[ahead]+128(%[codes])\n" \
+#define FETCH                               \
+    "prefetcht1 %c[ahead](%[codes])\n"      \
+    "prefetcht1 %c[ahead]+64(%[codes])\n"   \
+    "prefetcht1 %c[ahead]+128(%[codes])\n"  \
     "prefetcht1 %c[ahead]+192(%[codes])\n"
+// clang-format on
 #define TOKENS_1(DO) DO(0, 0, 1, 2, 3)
 #define TOKENS_2(DO) TOKENS_1(DO) DO(1, 4, 5, 6, 7)
 #define TOKENS_3(DO) TOKENS_2(DO) DO(2, 8, 9, 10, 11)
@@ -135,6 +128,12 @@ inline void multiply_codes(const uint8_t* codes, const int8_t* x, const int32_t*
 #undef MULTIPLY
 #undef STORE
 #undef FETCH
+#undef TOKENS_1
+#undef TOKENS_2
+#undef TOKENS_3
+#undef TOKENS_4
+#undef TOKENS_5
+#undef TOKENS_6
 #undef TILE
 
 #else

@@ -94,23 +94,42 @@ inline void unpack_products(const Halves& halves, const Integer* group_factors, 
     }
 }
 
+template <int kWeights>
+inline void unpack_codes(const Int4Block<kWeights>& block, uint8_t* out) {
+    unpack_nibbles(&block.nibbles[0][0][0][0], kWeights / 4, out);
+}
+template <typename Strip>
+inline void unpack_codes(const Strip& block, uint8_t* out) {
+    unpack_codes(block.codes, 0, 8, out);
+}
+
+template <int kWeights>
+inline void unpack_scales(const Int4Block<kWeights>& block, float* out) {
+    unpack_bf16(block.scales, out);
+}
+template <typename Strip>
+inline void unpack_scales(const Strip& block, float* out) {
+    unpack_halves(block.scales, out);
+}
+
 // One policy a format: how many parts a group has, whether weights have minimums, the code of zero, and unpack(), which
-// fills `buffer` from the group-th group of a strip that has `cols` columns, and says where the results are.
+// fills `buffer` from the group-th group of a strip that has `cols` columns, and says where the results are. kInPlace
+// where the codes stay where they are stored, so that the tile is the first to read them.
 template <typename Strip, int kZeroCode, bool kHasMinimums>
 struct SmallBlockStrips {  // 32 columns a block
     static constexpr int64_t kParts = 4;
     static constexpr int32_t kZero = kZeroCode;
-    static constexpr bool kMinimums = kHasMinimums;
+    static constexpr bool kMinimums = kHasMinimums, kInPlace = false;
 
     static Group unpack(const std::byte* strip, int64_t group, int64_t cols, GroupBuffer& buffer) {
         const Strip* blocks = reinterpret_cast<const Strip*>(strip) + group * kParts;
-        const int64_t num_blocks = (cols - group * kGroupCols) / 32;
+        const int64_t num_blocks = (cols - group * kGroupCols + 31) / 32;
         for (int64_t part = 0; part < kParts; ++part) {
             uint8_t* codes = buffer.codes + part * 8 * kStepCodes;
             float *scales = buffer.scales + part * kStripRows, *minimums = buffer.minimums + part * kStripRows;
             if (part < num_blocks) {
-                unpack_codes(blocks[part].codes, 0, 8, codes);
-                unpack_halves(blocks[part].scales, scales);
+                unpack_codes(blocks[part], codes);
+                unpack_scales(blocks[part], scales);
                 if constexpr (kMinimums) unpack_halves(blocks[part].minimums, minimums);
             } else {
                 std::memset(codes, kZero, 8 * kStepCodes);
@@ -125,7 +144,7 @@ template <typename Strip>
 struct KStrips {  // Q4_K and Q5_K
     static constexpr int64_t kParts = 4;
     static constexpr int32_t kZero = 0;
-    static constexpr bool kMinimums = true;
+    static constexpr bool kMinimums = true, kInPlace = false;
 
     static Group unpack(const std::byte* strip, int64_t group, int64_t, GroupBuffer& buffer) {
         const Strip& block = reinterpret_cast<const Strip*>(strip)[group / 2];
@@ -143,7 +162,7 @@ struct KStrips {  // Q4_K and Q5_K
 struct StripsQ6_K {
     static constexpr int64_t kParts = 8;
     static constexpr int32_t kZero = 32;
-    static constexpr bool kMinimums = false;
+    static constexpr bool kMinimums = false, kInPlace = false;
 
     static Group unpack(const std::byte* strip, int64_t group, int64_t, GroupBuffer& buffer) {
         const StripQ6_K& block = reinterpret_cast<const StripQ6_K*>(strip)[group / 2];
@@ -158,7 +177,7 @@ struct StripsQ6_K {
 struct StripsInt8G128 {
     static constexpr int64_t kParts = 1;
     static constexpr int32_t kZero = 128;
-    static constexpr bool kMinimums = false;
+    static constexpr bool kMinimums = false, kInPlace = true;
 
     static Group unpack(const std::byte* strip, int64_t group, int64_t, GroupBuffer& buffer) {
         const Int8G128Block& block = reinterpret_cast<const Int8G128Block*>(strip)[group];
@@ -170,35 +189,12 @@ struct StripsInt8G128 {
 struct StripsInt4G128 {
     static constexpr int64_t kParts = 1;
     static constexpr int32_t kZero = 8;
-    static constexpr bool kMinimums = false;
+    static constexpr bool kMinimums = false, kInPlace = false;
 
     static Group unpack(const std::byte* strip, int64_t group, int64_t, GroupBuffer& buffer) {
         const Int4Block<128>& block = reinterpret_cast<const Int4Block<128>*>(strip)[group];
-        unpack_nibbles(&block.nibbles[0][0][0][0], 32, buffer.codes);
+        unpack_codes(block, buffer.codes);
         unpack_bf16(block.scales, buffer.scales);
-        return {buffer.codes, buffer.scales, nullptr};
-    }
-};
-
-struct StripsInt4G32 {
-    static constexpr int64_t kParts = 4;
-    static constexpr int32_t kZero = 8;
-    static constexpr bool kMinimums = false;
-
-    static Group unpack(const std::byte* strip, int64_t group, int64_t cols, GroupBuffer& buffer) {
-        const Int4Block<32>* blocks = reinterpret_cast<const Int4Block<32>*>(strip) + group * kParts;
-        const int64_t num_blocks = (cols - group * kGroupCols + 31) / 32;
-        for (int64_t part = 0; part < kParts; ++part) {
-            uint8_t* codes = buffer.codes + part * 8 * kStepCodes;
-            float* scales = buffer.scales + part * kStripRows;
-            if (part < num_blocks) {
-                unpack_nibbles(&blocks[part].nibbles[0][0][0][0], 8, codes);
-                unpack_bf16(blocks[part].scales, scales);
-            } else {
-                std::memset(codes, kZero, 8 * kStepCodes);
-                for (int64_t row = 0; row < kStripRows; ++row) scales[row] = 0;
-            }
-        }
         return {buffer.codes, buffer.scales, nullptr};
     }
 };
@@ -212,7 +208,7 @@ void with_strips(WeightType type, Visit visit) {
         case WeightType::kInt4G128:
             return visit.template operator()<StripsInt4G128>();
         case WeightType::kInt4G32:
-            return visit.template operator()<StripsInt4G32>();
+            return visit.template operator()<SmallBlockStrips<Int4Block<32>, 8, false>>();
         case WeightType::kQ8_0:
             return visit.template operator()<SmallBlockStrips<StripQ8_0, 128, false>>();
         case WeightType::kQ4_0:
