@@ -155,20 +155,19 @@ class Ops {
         const int64_t num_tokens = x.shape(0), cols = x.shape(1), groups = (cols + kQuantizedCols - 1) / kQuantizedCols;
         std::vector<int8_t> codes(static_cast<std::size_t>(groups * num_tokens * kQuantizedCols));
         std::vector<Outliers> outliers(static_cast<std::size_t>(groups * num_tokens));
+        std::vector<uint8_t> has_outliers(outliers.size() + 8);
         Floats scales({groups, num_tokens});
         std::vector<int32_t> part_sums(outliers.size() * 8);
         Ints sums({groups, num_tokens});
-        const QuantizedRows rows{codes.data(),        outliers.data(),  scales.mutable_data(),
+        const QuantizedRows rows{codes.data(),        outliers.data(),  has_outliers.data(), scales.mutable_data(),
                                  sums.mutable_data(), part_sums.data(), num_tokens};
         timed([&] { kernels_.quantize_rows(x.data(), cols, num_tokens, cols, 0, 0, rows); });
         Ints integers({groups, num_tokens, kQuantizedCols});
         int32_t* out = integers.mutable_data();
         std::copy(codes.begin(), codes.end(), out);
-        for (const Outliers& pair : outliers) {
-            for (int i = 0; i < 2; ++i)
-                for (int j = 0; j < 4; ++j) out[4 * pair.step[i] + j] += 128 * pair.upper[i][j];
-            out += kQuantizedCols;
-        }
+        for (std::size_t group = 0; group < outliers.size(); ++group, out += kQuantizedCols)
+            for (int i = 0; has_outliers[group] && i < 2; ++i)
+                for (int j = 0; j < 4; ++j) out[4 * outliers[group].step[i] + j] += 128 * outliers[group].upper[i][j];
         return py::make_tuple(scales, integers, sums);
     }
 

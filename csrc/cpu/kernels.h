@@ -44,26 +44,29 @@ struct AttentionTask {
     std::optional<int64_t> window_keys;  // query included
 };
 
-inline constexpr int64_t kQuantizedCols = 128;   // columns that share an activation scale
-inline constexpr int64_t kQuantizedTokens = 16;  // token_stride is a multiple of this
+inline constexpr int64_t kQuantizedCols = 128;  // columns that share an activation scale
+// token_stride is the number of tokens; beyond so many, the next multiple of kQuantizedTokens, which tiles read whole.
+inline constexpr int64_t kMostUnpaddedTokens = 8;
+inline constexpr int64_t kQuantizedTokens = 32;
 
 // The largest two of a group's values, where they need more than eight bits: the four columns from 4 * step on get
-// 128 * upper added to their codes. One of each four is not zero, and is `digit`.
+// 128 * upper added to their codes. One of each four is `digit`, the others are zero.
 struct Outliers {
     int8_t upper[2][4];
     int16_t step[2];
     int16_t digit[2];
 };
 
-// Activations of a step as integers: x = scale * (code + 128 * upper). A scale is set by the third largest magnitude of
-// its group: Gemma has a few huge channels, which would cost all others their precision (docs/decisions/004). Groups of
-// kQuantizedCols columns come first, the last one filled up with zeros.
+// Activations of a step as integers: x = scale * (code + 128 * upper). Gemma has a few huge channels, which would cost
+// the others of their group their precision (docs/decisions/004): where the largest magnitude is far above the third
+// largest, that one sets the scale. Groups of kQuantizedCols columns come first, the last one filled up with zeros.
 struct QuantizedRows {
-    int8_t* codes = nullptr;       // [groups, token_stride, 128]
-    Outliers* outliers = nullptr;  // [groups, token_stride]
-    float* scales = nullptr;       // [groups, token_stride]
-    int32_t* sums = nullptr;       // [groups, token_stride], of code + 128 * upper
-    int32_t* part_sums = nullptr;  // [groups, token_stride, 8], of 16 codes each
+    int8_t* codes = nullptr;          // [groups, token_stride, 128]
+    Outliers* outliers = nullptr;     // [groups, token_stride], valid where has_outliers is 1
+    uint8_t* has_outliers = nullptr;  // [groups, token_stride], 0 or 1; then eight that are read and not used
+    float* scales = nullptr;          // [groups, token_stride]
+    int32_t* sums = nullptr;          // [groups, token_stride], of code + 128 * upper
+    int32_t* part_sums = nullptr;     // [groups, token_stride, 8], of 16 codes each
     int64_t token_stride = 0;
 };
 
@@ -83,8 +86,9 @@ struct Kernels {
     int64_t (*matmul_scratch_floats)(int64_t cols);
 
     // Quantises x [num_tokens, cols], whose rows are x_stride floats apart, into rows first_token.. and groups
-    // first_group.. of out: to nearest, ties to even. With the magnitudes of a group sorted, scale = max(third / 127,
-    // first / 16256). A group that holds a NaN or an infinity gets the scale NaN.
+    // first_group.. of out: to nearest, ties to even. With the magnitudes of a group sorted, scale = first / 127, or
+    // max(third / 127, first / 16256) where first > 2 third. A group that holds a NaN or an infinity gets the scale
+    // NaN.
     void (*quantize_rows)(const float* x, int64_t x_stride, int64_t num_tokens, int64_t cols, int64_t first_token,
                           int64_t first_group, const QuantizedRows& out);
     // out[t * out_stride + r] = sum_c weight[64 * strip + r, c] * x[t, c] for the strip's rows: int32 sums over the

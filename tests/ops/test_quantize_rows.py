@@ -1,4 +1,4 @@
-"""quantize_rows: activations as integers in groups of 128 columns, the two largest of a group in fifteen bits."""
+"""quantize_rows: activations as integers in groups of 128 columns; two that stand out keep fifteen bits."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def expected(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.in
     grouped = padded.reshape(tokens, groups, GROUP).swapaxes(0, 1)
     ordered = np.sort(np.abs(grouped), axis=2)
     first, third = ordered[..., -1], ordered[..., -3]
-    by_third = third * np.float32(128) >= first
+    stands_out = first > 2 * third
+    by_third = stands_out & (third * np.float32(128) >= first)
     unit = np.where(by_third, third, first)
-    most = np.where(by_third, np.float32(127), np.float32(127 * 128))
+    most = np.where(stands_out & ~by_third, np.float32(127 * 128), np.float32(127))
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.where(unit > 0, most / unit, np.float32(0))
     return np.where(unit > 0, unit / most, 0), np.rint(grouped * factor[..., None]).astype(np.int32)
@@ -48,6 +49,15 @@ def test_two_huge_values_leave_the_others_their_precision(ops: _core.Ops) -> Non
     error = np.abs(integers[0] * scales[0][:, None] - x)
     assert error.max() < 0.51 / 127
     assert np.abs(integers[0, :, 37:39]).min() > 127
+
+
+def test_values_that_hardly_stand_out_are_bytes(ops: _core.Ops) -> None:
+    x = np.zeros((2, 128), dtype=np.float32)
+    x[:, :3] = 2
+    x[0, 7], x[1, 7] = 4, 4.25
+    scales, integers, _ = ops.quantize_rows(x)
+    assert integers[0, :, [0, 7]].T.tolist() == [[64, 127], [127, 270]]
+    assert scales[0].tolist() == [np.float32(4) / np.float32(127), np.float32(2) / np.float32(127)]
 
 
 @pytest.mark.parametrize("cols", [1, 15, 16, 17, 127, 128, 129, 330, 640])

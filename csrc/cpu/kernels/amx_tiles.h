@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kAmxRows = 16;
 
-// While one lives, this thread's tiles 0 to 3 hold sums, 4 activations and 5 to 7 weights: steps of part_cols columns,
-// 64 at most.
+// While one lives, this thread's tiles 0 to 3 hold sums, 4 and 5 activations, 6 and 7 weights: steps of part_cols
+// columns, 64 at most.
 class AmxTiles {
   public:
     explicit AmxTiles(int64_t part_cols) {
@@ -24,8 +24,8 @@ class AmxTiles {
         static_assert(sizeof config == 64);
         const int64_t step_cols = part_cols < 64 ? part_cols : 64;
         for (int tile = 0; tile < 8; ++tile) {
-            config.row_bytes[tile] = static_cast<uint16_t>(tile == 4 ? step_cols : 64);
-            config.rows[tile] = static_cast<uint8_t>(tile > 4 ? step_cols / 4 : kAmxRows);
+            config.row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? step_cols : 64);
+            config.rows[tile] = static_cast<uint8_t>(tile > 5 ? step_cols / 4 : kAmxRows);
         }
         // GCC takes the intrinsic to read eight bytes, and would leave out the stores of the others.
         asm volatile("" : : "m"(config));

@@ -6,7 +6,11 @@ GEMMA2_FAST_BEGIN_ISA
 namespace {
 
 // The sums of so many tokens stay in a first-level cache beside a group of weights.
+#if defined(__AMX_INT8__)
+constexpr int64_t kTokensAtOnce = 64;
+#else
 constexpr int64_t kTokensAtOnce = 48;
+#endif
 // For more tokens than a block some groups are unpacked once for all; they stay in a second-level cache.
 constexpr int64_t kChunkGroups = 16;
 // Sums of all tokens wait in a second-level cache between chunks; what has more reads the weights again.
@@ -24,6 +28,7 @@ TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token, flo
     const int64_t place = group * x.token_stride + token;
     return {.codes = x.codes + place * kGroupCols,
             .outliers = x.outliers + place,
+            .has_outliers = x.has_outliers + place,
             .scales = x.scales + place,
             .sums = x.sums + place,
             .part_sums = x.part_sums + place * kMaxParts,
@@ -35,14 +40,9 @@ TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token, flo
 template <typename Strips>
 void multiply_group(const Group& group, int64_t group_index, const QuantizedRows& x, int64_t first, int64_t count,
                     bool fetches, float* sums) {
-    int64_t done = 0;
-#if defined(__AMX_INT8__)
-    done = count % kAmxTokens < kFewestAmxTokens ? count / kAmxTokens * kAmxTokens : count;
-    if (done > 0) amx_tiles<Strips>(group, tile_tokens(x, group_index, first, sums), done);
-#endif
-    const int64_t rest = count - done, num_tiles = divide_up(rest, kTileTokens);
+    const int64_t num_tiles = divide_up(count, kTileTokens);
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
-        const int64_t begin = done + rest * tile / num_tiles, end = done + rest * (tile + 1) / num_tiles;
+        const int64_t begin = count * tile / num_tiles, end = count * (tile + 1) / num_tiles;
         const TileTokens tokens = tile_tokens(x, group_index, first + begin, sums + begin * kStripRows);
         if (fetches && tile == 0)
             run_int8_tile<Strips, Strips::kInPlace>(end - begin, group, tokens);
@@ -64,10 +64,21 @@ void multiply_strip(const std::byte* strip, int64_t cols, const QuantizedRows& x
         Group groups[kChunkGroups];
         for (int64_t g = chunk; g < chunk_end; ++g)
             groups[g - chunk] = Strips::unpack(strip, g, cols, scratch.groups[g - chunk]);
-        for (int64_t block = 0; block < count; block += kTokensAtOnce)
-            for (int64_t g = chunk; g < chunk_end; ++g)
-                multiply_group<Strips>(groups[g - chunk], g, x, first + block, min(kTokensAtOnce, count - block),
-                                       block == 0, scratch.sums + block * kStripRows);
+        for (int64_t block = 0; block < count; block += kTokensAtOnce) {
+            const int64_t block_count = min(kTokensAtOnce, count - block);
+            int64_t done = 0;
+            float* sums = scratch.sums + block * kStripRows;
+#if defined(__AMX_INT8__)
+            done = block_count % kUnitTokens < kFewestAmxTokens ? block_count / kUnitTokens * kUnitTokens : block_count;
+            if (done > 0)
+                multiply_groups_by_tiles<Strips>(groups, chunk_end - chunk, done, [&](int64_t g) {
+                    return tile_tokens(x, chunk + g, first + block, sums);
+                });
+#endif
+            for (int64_t g = chunk; done < block_count && g < chunk_end; ++g)
+                multiply_group<Strips>(groups[g - chunk], g, x, first + block + done, block_count - done, block == 0,
+                                       sums + done * kStripRows);
+        }
     }
 }
 
@@ -75,7 +86,8 @@ void multiply_strip(const std::byte* strip, int64_t cols, const QuantizedRows& x
 
 int64_t int8_matmul_scratch_floats(int64_t num_tokens) {
     constexpr int64_t kGroupFloats = sizeof(GroupBuffer) / sizeof(float);
-    return (num_tokens > kTokensAtOnce ? kChunkGroups : 1) * kGroupFloats + min(num_tokens, kMostTokens) * kStripRows;
+    return (num_tokens > kTokensAtOnce ? kChunkGroups : 1) * kGroupFloats +
+           divide_up(min(num_tokens, kMostTokens), kQuantizedTokens) * kQuantizedTokens * kStripRows;
 }
 
 void int8_matmul(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,

@@ -11,13 +11,14 @@ namespace {
 
 // Activations of consecutive tokens in one group of columns, and the sums that take the products.
 struct TileTokens {
-    const int8_t* codes;       // [tokens][128]
-    const Outliers* outliers;  // [tokens]
-    const float* scales;       // [tokens]
-    const int32_t* sums;       // [tokens], of code + 128 * upper
-    const int32_t* part_sums;  // [tokens][8], of 16 codes each
-    float* out;                // [tokens][64]
-    bool first;                // nothing has been summed yet
+    const int8_t* codes;          // [tokens][128]
+    const Outliers* outliers;     // [tokens]
+    const uint8_t* has_outliers;  // [tokens + 8]
+    const float* scales;          // [tokens]
+    const int32_t* sums;          // [tokens], of code + 128 * upper
+    const int32_t* part_sums;     // [tokens][8], of 16 codes each
+    float* out;                   // [tokens][64]
+    bool first;                   // nothing has been summed yet
 };
 
 // The sum of the activations that meet one part: outliers whole where it is the only one, else without their upper
@@ -42,6 +43,7 @@ using Int32s = __m512i;
 using Bytes = __m512i;
 inline Int32s spread(const void* p) { return _mm512_set1_epi32(load_as<int32_t>(static_cast<const std::byte*>(p))); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void store_int32s(int32_t* p, Int32s a) { _mm512_storeu_si512(p, a); }
 template <int32_t>
 inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
     return _mm512_dpbusd_epi32(sums, codes, x);
@@ -232,6 +234,7 @@ inline I32 load_int32s(const int32_t* p) { return {load_as<decltype(I32::v)>(rei
 inline TileTokens after(const TileTokens& tokens, int64_t count) {
     return {.codes = tokens.codes + count * kGroupCols,
             .outliers = tokens.outliers + count,
+            .has_outliers = tokens.has_outliers + count,
             .scales = tokens.scales + count,
             .sums = tokens.sums + count,
             .part_sums = tokens.part_sums + count * kMaxParts,
@@ -239,34 +242,75 @@ inline TileTokens after(const TileTokens& tokens, int64_t count) {
             .first = tokens.first};
 }
 
-// Products of the codes of four vectors of rows with what the code of an outlier leaves over.
-template <typename Strips>
+// The same from a later row of the strip on.
+inline Group after_rows(const Group& group, int64_t rows) {
+    return {group.codes + rows * 4, group.scales + rows, group.minimums == nullptr ? nullptr : group.minimums + rows};
+}
+
+// How many vectors of rows are worked on at once.
+template <int64_t kRows>
+inline constexpr int kVectors = kRows / kLanes < 4 ? static_cast<int>(kRows / kLanes) : 4;
+
+// Products of the codes of some vectors of rows with what the code of an outlier leaves over.
+template <typename Strips, int kCount>
 inline __attribute__((always_inline)) void add_outlier(const uint8_t* codes, const Outliers& outliers, int index,
-                                                       Int32s (&sums)[4]) {
+                                                       Int32s (&sums)[kCount]) {
     const Bytes upper = spread(outliers.upper[index]);
     GEMMA2_FAST_UNROLL
-    for (int v = 0; v < 4; ++v)
+    for (int v = 0; v < kCount; ++v)
         sums[v] = add_products<Strips::kZero>(
             sums[v], load_bytes(codes + outliers.step[index] * kStepCodes + v * kLanes * 4), upper);
 }
 
+// Calls visit(token) for those that have outliers: few, so a token without costs nothing.
+template <typename Visit>
+inline void for_outliers(const TileTokens& tokens, int64_t num_tokens, Visit visit) {
+    for (int64_t first = 0; first < num_tokens; first += 8) {
+        uint64_t flags;
+        std::memcpy(&flags, tokens.has_outliers + first, sizeof flags);
+        if (num_tokens - first < 8) flags &= (uint64_t{1} << (8 * (num_tokens - first))) - 1;
+        for (; flags != 0; flags &= flags - 1) visit(first + __builtin_ctzll(flags) / 8);
+    }
+}
+
+// sums [tokens][kRows] += 128 * products of the outliers, where a group is one part. Sums start from whole activations:
+// these products need no centring.
+template <typename Strips, int64_t kRows>
+inline void add_outliers_to_sums(const Group& group, const TileTokens& tokens, int64_t num_tokens, int32_t* sums) {
+    constexpr int kCount = kVectors<kRows>;
+    for_outliers(tokens, num_tokens, [&](int64_t t) {
+        for (int64_t row = 0; row < kRows; row += kCount * kLanes) {
+            Int32s products[kCount] = {};
+            add_outlier<Strips>(group.codes + row * 4, tokens.outliers[t], 0, products);
+            add_outlier<Strips>(group.codes + row * 4, tokens.outliers[t], 1, products);
+            GEMMA2_FAST_UNROLL
+            for (int v = 0; v < kCount; ++v) {
+                int32_t* sum = sums + t * kRows + row + v * kLanes;
+                store_int32s(sum, add(load_int32s(sum), shift_left(I32{products[v]}, 7)).v);
+            }
+        }
+    });
+}
+
 // out += (scales * products + minimums * digit) * 128 of the outliers, where each may belong to another part.
-template <typename Strips>
+template <typename Strips, int64_t kRows>
 inline void add_outliers(const Group& group, const TileTokens& tokens, int64_t num_tokens) {
     constexpr int32_t kCentre = kOffset<Strips::kZero> - Strips::kZero;
-    for (int64_t t = 0; t < num_tokens; ++t) {
+    constexpr int kCount = kVectors<kRows>;
+    for_outliers(tokens, num_tokens, [&](int64_t t) {
         const Outliers& outliers = tokens.outliers[t];
         const float x_scale = 128 * tokens.scales[t];
         for (int i = 0; i < 2; ++i) {
             const int64_t part = outliers.step[i] / (kGroupCols / 4 / Strips::kParts);
             const int32_t start = kCentre * outliers.digit[i];
-            for (int64_t row = 0; row < kStripRows; row += 4 * kLanes) {
-                Int32s products[4] = {spread(&start), spread(&start), spread(&start), spread(&start)};
+            for (int64_t row = 0; row < kRows; row += kCount * kLanes) {
+                Int32s products[kCount];
+                for (Int32s& product : products) product = spread(&start);
                 add_outlier<Strips>(group.codes + row * 4, outliers, i, products);
                 const int64_t place = part * kStripRows + row;
                 float* out = tokens.out + t * kStripRows + row;
                 GEMMA2_FAST_UNROLL
-                for (int v = 0; v < 4; ++v) {
+                for (int v = 0; v < kCount; ++v) {
                     const F32 scale = mul(load(group.scales + place + v * kLanes), broadcast(x_scale));
                     F32 total = fma(to_float(I32{products[v]}), scale, load(out + v * kLanes));
                     if constexpr (Strips::kMinimums) {
@@ -277,20 +321,21 @@ inline void add_outliers(const Group& group, const TileTokens& tokens, int64_t n
                 }
             }
         }
-    }
+    });
 }
 
-// out += scales * sums (+ minimums * sum of x), for one part; with the outliers where that is the only one. kCentres
-// when the sums still count codes from 0.
-template <typename Strips, bool kCentres>
+// out += scales * sums [tokens][kRows] (+ minimums * sum of x), for one part. kCentres when the sums still count codes
+// from 0.
+template <typename Strips, int64_t kRows, bool kCentres>
 inline void add_part(const Group& group, const TileTokens& tokens, int64_t num_tokens, int64_t part,
                      const int32_t* sums) {
+    constexpr int kCount = kVectors<kRows>;
     const bool first = tokens.first && part == 0;
-    for (int64_t row = 0; row < kStripRows; row += 4 * kLanes) {
-        F32 scales[4], minimums[4];
+    for (int64_t row = 0; row < kRows; row += kCount * kLanes) {
+        F32 scales[kCount], minimums[kCount];
         const int64_t place = part * kStripRows + row;
         GEMMA2_FAST_UNROLL
-        for (int v = 0; v < 4; ++v) {
+        for (int v = 0; v < kCount; ++v) {
             scales[v] = load(group.scales + place + v * kLanes);
             if constexpr (Strips::kMinimums) minimums[v] = load(group.minimums + place + v * kLanes);
         }
@@ -299,24 +344,17 @@ inline void add_part(const Group& group, const TileTokens& tokens, int64_t num_t
             F32 x_sum{};
             if constexpr (Strips::kMinimums)
                 x_sum = mul(x_scale, broadcast(static_cast<float>(code_sum<Strips::kParts>(tokens, t, part))));
-            I32 of_rows[4];
+            I32 of_rows[kCount];
             GEMMA2_FAST_UNROLL
-            for (int v = 0; v < 4; ++v) of_rows[v] = load_int32s(sums + t * kStripRows + row + v * kLanes);
+            for (int v = 0; v < kCount; ++v) of_rows[v] = load_int32s(sums + t * kRows + row + v * kLanes);
             if constexpr (kCentres) {
                 const int32_t start = -Strips::kZero * code_sum<Strips::kParts>(tokens, t, part);
                 GEMMA2_FAST_UNROLL
-                for (int v = 0; v < 4; ++v) of_rows[v] = add(of_rows[v], start);
-            }
-            if constexpr (Strips::kParts == 1) {
-                Int32s outliers[4] = {};
-                add_outlier<Strips>(group.codes + row * 4, tokens.outliers[t], 0, outliers);
-                add_outlier<Strips>(group.codes + row * 4, tokens.outliers[t], 1, outliers);
-                GEMMA2_FAST_UNROLL
-                for (int v = 0; v < 4; ++v) of_rows[v] = add(of_rows[v], shift_left(I32{outliers[v]}, 7));
+                for (int v = 0; v < kCount; ++v) of_rows[v] = add(of_rows[v], start);
             }
             float* out = tokens.out + t * kStripRows + row;
             GEMMA2_FAST_UNROLL
-            for (int v = 0; v < 4; ++v) {
+            for (int v = 0; v < kCount; ++v) {
                 F32 total = first ? broadcast(0) : load(out + v * kLanes);
                 total = fma(to_float(of_rows[v]), mul(scales[v], x_scale), total);
                 if constexpr (Strips::kMinimums) total = fma(minimums[v], x_sum, total);
@@ -342,9 +380,10 @@ __attribute__((noinline)) void int8_tile(const Group& group, const TileTokens& t
         start_sums<Strips, kOffset<Strips::kZero>>(tokens, kTokens, part, start);
         multiply_codes<kTokens, Strips::kZero, kPartSteps, kFetches>(group.codes + part * kPartSteps * kStepCodes,
                                                                      tokens.codes + part * kPartSteps * 4, start, sums);
-        add_part<Strips, false>(group, tokens, kTokens, part, sums);
+        if constexpr (Strips::kParts == 1) add_outliers_to_sums<Strips, kStripRows>(group, tokens, kTokens, sums);
+        add_part<Strips, kStripRows, false>(group, tokens, kTokens, part, sums);
     }
-    if constexpr (Strips::kParts > 1) add_outliers<Strips>(group, tokens, kTokens);
+    if constexpr (Strips::kParts > 1) add_outliers<Strips, kStripRows>(group, tokens, kTokens);
 }
 
 template <typename Strips, bool kFetches, int kTokens = 1>

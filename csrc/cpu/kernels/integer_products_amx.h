@@ -42,20 +42,20 @@ template <Operand kOperand>
 inline void add_matrix_products(const std::byte* codes, int64_t row_stride, int64_t part_stride,
                                 const std::byte* columns) {
     _tile_loadd(4, codes, row_stride);
-    _tile_loadd(5, columns, kStepColumnBytes);
-    _tile_loadd(6, columns + 64, kStepColumnBytes);
+    _tile_loadd(6, columns, kStepColumnBytes);
+    _tile_loadd(7, columns + 64, kStepColumnBytes);
     if constexpr (kOperand == Operand::kKeys) {
-        _tile_dpbsud(0, 4, 5);
-        _tile_dpbsud(1, 4, 6);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
         _tile_loadd(4, codes + part_stride, row_stride);
-        _tile_dpbsud(2, 4, 5);
-        _tile_dpbsud(3, 4, 6);
+        _tile_dpbsud(2, 4, 6);
+        _tile_dpbsud(3, 4, 7);
     } else {
-        _tile_dpbusd(0, 4, 5);
-        _tile_dpbusd(1, 4, 6);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
         _tile_loadd(4, codes + part_stride, row_stride);
-        _tile_dpbusd(2, 4, 5);
-        _tile_dpbusd(3, 4, 6);
+        _tile_dpbusd(2, 4, 6);
+        _tile_dpbusd(3, 4, 7);
     }
 }
 

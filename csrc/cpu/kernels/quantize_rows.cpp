@@ -8,9 +8,13 @@ constexpr int64_t kPartCols = 16;  // columns of a part sum
 constexpr int64_t kParts = kQuantizedCols / kPartCols;
 constexpr int32_t kLargestCode = 127, kUpperUnit = 128;
 constexpr float kLargestOutlier = kLargestCode * kUpperUnit;
+// The largest magnitude of a group over its third largest, above which two outliers keep more bits: that costs time.
+constexpr float kOutlierRatio = 2.0f;
 
 #if defined(__AVX512F__)
-inline void store_rounded(int32_t* p, F32 a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
+inline void store_rounded(int8_t* p, F32 a) {  // saturates
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
 inline F32 exchange_halves(F32 a, int64_t lanes) {  // lane i gets lane i + lanes, and the other way round
     if (lanes == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
     if (lanes == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
@@ -18,8 +22,10 @@ inline F32 exchange_halves(F32 a, int64_t lanes) {  // lane i gets lane i + lane
     return {_mm512_permute_ps(a.v, 0xb1)};
 }
 #elif defined(__AVX2__)
-inline void store_rounded(int32_t* p, F32 a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(a.v));
+inline void store_rounded(int8_t* p, F32 a) {  // saturates
+    const __m256i wide = _mm256_cvtps_epi32(a.v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 inline F32 exchange_halves(F32 a, int64_t lanes) {
     if (lanes == 4) return {_mm256_permute2f128_ps(a.v, a.v, 1)};
@@ -27,7 +33,9 @@ inline F32 exchange_halves(F32 a, int64_t lanes) {
     return {_mm256_permute_ps(a.v, 0xb1)};
 }
 #else
-inline void store_rounded(int32_t* p, F32 a) { *p = static_cast<int32_t>(round_to_nearest(a).v); }
+inline void store_rounded(int8_t* p, F32 a) {  // saturates
+    *p = static_cast<int8_t>(max(min(round_to_nearest(a), broadcast(127)), broadcast(-128)).v);
+}
 inline F32 exchange_halves(F32 a, int64_t) { return a; }
 #endif
 
@@ -61,40 +69,43 @@ Magnitudes magnitudes(const float* x) {
     return {lanes[0][0], lanes[1][0], reduce_add(not_finite) == 0};
 }
 
+// Where the results of one group go.
 struct Group {
     int8_t* codes;
     Outliers& outliers;
     int32_t* part_sums;
 };
 
-// Codes of x * factor, of which two at most need more than eight bits. Returns the sum of all.
-int32_t round_group(const float* x, float factor, const Group& out) {
-    alignas(64) int32_t rounded[kQuantizedCols];
-    for (int64_t i = 0; i < kQuantizedCols; i += kLanes)
-        store_rounded(rounded + i, mul(load(x + i), broadcast(factor)));
+// The values of a group that need more than eight bits, of which there are two at most. Returns the sum of what their
+// codes leave over.
+int32_t split_outliers(const float* x, float factor, const Group& out) {
     out.outliers = {};
-    int32_t sum = 0, num_outliers = 0;
-    for (int64_t part = 0; part < kParts; ++part) {
-        int32_t* codes = rounded + part * kPartCols;
-        int32_t part_sum = 0, any = 0;
-        for (int64_t i = 0; i < kPartCols; ++i) {
-            part_sum += codes[i];
-            any |= codes[i] > kLargestCode || codes[i] < -kLargestCode;
-        }
-        sum += part_sum;
-        for (int64_t i = 0; any && i < kPartCols; ++i) {
-            if ((codes[i] <= kLargestCode && codes[i] >= -kLargestCode) || num_outliers == 2) continue;
-            const int32_t lower = ((codes[i] + kUpperUnit / 2) & (kUpperUnit - 1)) - kUpperUnit / 2;
-            const int32_t digit = (codes[i] - lower) / kUpperUnit;
-            out.outliers.upper[num_outliers][i % 4] = static_cast<int8_t>(digit);
-            out.outliers.step[num_outliers] = static_cast<int16_t>((part * kPartCols + i) / 4);
-            out.outliers.digit[num_outliers++] = static_cast<int16_t>(digit);
-            part_sum -= codes[i] - lower;
-            codes[i] = lower;
-        }
-        out.part_sums[part] = part_sum;
+    int32_t sum = 0, count = 0;
+    for (int32_t col = 0; col < kQuantizedCols && count < 2; ++col) {
+        const auto code = static_cast<int32_t>(__builtin_rintf(x[col] * factor));
+        if (code <= kLargestCode && code >= -kLargestCode) continue;
+        const int32_t lower = ((code + kUpperUnit / 2) & (kUpperUnit - 1)) - kUpperUnit / 2;
+        const int32_t digit = (code - lower) / kUpperUnit;
+        out.codes[col] = static_cast<int8_t>(lower);
+        out.outliers.upper[count][col % 4] = static_cast<int8_t>(digit);
+        out.outliers.step[count] = static_cast<int16_t>(col / 4);
+        out.outliers.digit[count++] = static_cast<int16_t>(digit);
+        sum += digit * kUpperUnit;
     }
-    for (int64_t i = 0; i < kQuantizedCols; ++i) out.codes[i] = static_cast<int8_t>(rounded[i]);
+    return sum;
+}
+
+// Codes of x * factor. Returns the sum of all.
+int32_t round_group(const float* x, float factor, bool has_outliers, const Group& out) {
+    for (int64_t i = 0; i < kQuantizedCols; i += kLanes)
+        store_rounded(out.codes + i, mul(load(x + i), broadcast(factor)));
+    int32_t sum = has_outliers ? split_outliers(x, factor, out) : 0;
+    for (int64_t part = 0; part < kParts; ++part) {
+        int32_t part_sum = 0;
+        for (int64_t i = 0; i < kPartCols; ++i) part_sum += out.codes[part * kPartCols + i];
+        out.part_sums[part] = part_sum;
+        sum += part_sum;
+    }
     return sum;
 }
 
@@ -116,17 +127,18 @@ void quantize_rows(const float* x, int64_t x_stride, int64_t num_tokens, int64_t
             }
             const Magnitudes largest = magnitudes(values);
             const bool visible = largest.finite && largest.first > kSmallest;
-            const bool by_third = largest.third * kUpperUnit >= largest.first;
+            const bool has_outliers = visible && largest.first > kOutlierRatio * largest.third;
+            const bool by_third = has_outliers && largest.third * kUpperUnit >= largest.first;
             const float unit = by_third ? largest.third : largest.first;
-            const float most = by_third ? static_cast<float>(kLargestCode) : kLargestOutlier;
+            const float most = has_outliers && !by_third ? kLargestOutlier : static_cast<float>(kLargestCode);
             out.scales[place] = !largest.finite ? __builtin_nanf("") : visible ? unit / most : 0;
+            out.has_outliers[place] = has_outliers;
             if (visible) {
-                out.sums[place] = round_group(values, most / unit, group);
+                out.sums[place] = round_group(values, most / unit, has_outliers, group);
             } else {
                 out.sums[place] = 0;
                 std::memset(group.codes, 0, kQuantizedCols);
                 std::memset(group.part_sums, 0, kParts * sizeof(int32_t));
-                group.outliers = {};
             }
         }
 }
