@@ -61,8 +61,9 @@ GEMMA2_FAST_INLINE float float_of_half(uint16_t half) {
     return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | sign);
 }
 
+constexpr int kGroup = 128;  // weights of a row in a block
+
 // Columns [begin, begin + kGroup) of a row as float32, zeros behind the row's end.
-template <int kGroup>
 GEMMA2_FAST_INLINE void read_group(const UnquantizedRows& source, int64_t row, int64_t begin, float (&group)[kGroup]) {
     const int64_t count = std::min<int64_t>(kGroup, source.cols - begin);
     const std::byte* data = source.data + (row * source.cols + begin) * (source.type == WeightType::kF32 ? 4 : 2);
@@ -85,11 +86,11 @@ struct Extremes {
     bool finite;
 };
 
-template <int kWidth, int kGroup>
-GEMMA2_FAST_INLINE Extremes extremes(const float (&group)[kGroup]) {
+template <int kWidth, int kCount>
+GEMMA2_FAST_INLINE Extremes extremes(const float* group) {
     Floats<kWidth> low = load<kWidth>(group), high = low;
     Words<kWidth> outside = {};
-    for (int k = 0; k < kGroup; k += kWidth) {
+    for (int k = 0; k < kCount; k += kWidth) {
         const auto values = load<kWidth>(group + k);
         low = values < low ? values : low;
         high = values > high ? values : high;
@@ -105,17 +106,20 @@ GEMMA2_FAST_INLINE Extremes extremes(const float (&group)[kGroup]) {
     return result;
 }
 
-// What a group becomes: codes 0..15 or 0..255 and a scale that bfloat16 holds.
-template <int kGroup>
+// What a group becomes: codes 1..255, or codes and factors 0..15, and a scale that bfloat16 holds.
 struct Quantized {
     uint8_t codes[kGroup];
+    uint8_t factors[4];
     float scale;
+    bool finite;  // else the rest is worthless
 };
 
-template <int kWidth, int kGroup>
-GEMMA2_FAST_INLINE void quantize_int8(const float (&group)[kGroup], const Extremes& range, Quantized<kGroup>& out) {
+template <int kWidth>
+GEMMA2_FAST_INLINE void quantize_group(const Int8G128Block&, const float (&group)[kGroup], Quantized& out) {
+    const Extremes range = extremes<kWidth, kGroup>(group);
     const float exact = std::fabs(std::max(range.high, -range.low)) / 127.0f;                    // no negative zero
     out.scale = std::bit_cast<float>((std::bit_cast<uint32_t>(exact) + 0xffffu) & 0xffff0000u);  // rounded up
+    out.finite = range.finite;
     const float divisor = out.scale > 0 ? out.scale : std::bit_cast<float>(kInfinity);
     for (int k = 0; k < kGroup; k += kWidth)
         put_codes<kWidth>(load<kWidth>(group + k) / divisor + (kRounder + 128.0f), out.codes + k);
@@ -124,8 +128,7 @@ GEMMA2_FAST_INLINE void quantize_int8(const float (&group)[kGroup], const Extrem
 // The nearest bfloat16, ties to even; zeros lose their sign.
 GEMMA2_FAST_INLINE float stored_scale(float value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const uint32_t rounded = value == value ? bits + 0x7fffu + (bits >> 16 & 1u) : bits;
-    return std::bit_cast<float>(rounded & 0xffff0000u) + 0.0f;
+    return std::bit_cast<float>((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u) + 0.0f;
 }
 
 GEMMA2_FAST_INLINE float inverse(float scale) {
@@ -133,10 +136,9 @@ GEMMA2_FAST_INLINE float inverse(float scale) {
     return (std::bit_cast<uint32_t>(result) & kMagnitude) < kInfinity ? result : 0.0f;
 }
 
-// The codes -8..7 as floats.
+// The nearest integers -8..7, as floats.
 template <int kWidth>
-GEMMA2_FAST_INLINE Floats<kWidth> steps(const Floats<kWidth>& weights, float inverse_scale) {
-    Floats<kWidth> ratios = weights * inverse_scale;
+GEMMA2_FAST_INLINE Floats<kWidth> steps(Floats<kWidth> ratios) {
     ratios = ratios < -8.0f ? Floats<kWidth>{} - 8.0f : ratios;
     ratios = ratios > 7.0f ? Floats<kWidth>{} + 7.0f : ratios;
     return (ratios + kRounder) - kRounder;
@@ -153,13 +155,16 @@ GEMMA2_FAST_INLINE float folded(const Floats<kWidth> (&sums)[kLanes / kWidth]) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-template <int kWidth, int kGroup>
-GEMMA2_FAST_INLINE float squared_error(const float (&group)[kGroup], float scale, float inverse_scale) {
+constexpr int kPart = 32;  // weights that share a factor
+constexpr int kParts = kGroup / kPart;
+
+template <int kWidth>
+GEMMA2_FAST_INLINE float squared_error(const float* part, float scale, float inverse_scale) {
     Floats<kWidth> sums[kLanes / kWidth] = {};
-    for (int k = 0; k < kGroup; k += kLanes) {
+    for (int k = 0; k < kPart; k += kLanes) {
         for (int i = 0; i < kLanes / kWidth; ++i) {
-            const auto weights = load<kWidth>(group + k + i * kWidth);
-            const auto differences = weights - scale * steps<kWidth>(weights, inverse_scale);
+            const auto weights = load<kWidth>(part + k + i * kWidth);
+            const auto differences = weights - scale * steps<kWidth>(weights * inverse_scale);
             sums[i] += differences * differences;
         }
     }
@@ -167,50 +172,94 @@ GEMMA2_FAST_INLINE float squared_error(const float (&group)[kGroup], float scale
 }
 
 // The scale that fits the weights to the codes they get at another.
-template <int kWidth, int kGroup>
-GEMMA2_FAST_INLINE float fitted_scale(const float (&group)[kGroup], float inverse_scale) {
+template <int kWidth>
+GEMMA2_FAST_INLINE float fitted_scale(const float* part, float inverse_scale) {
     Floats<kWidth> products[kLanes / kWidth] = {}, squares[kLanes / kWidth] = {};
-    for (int k = 0; k < kGroup; k += kLanes) {
+    for (int k = 0; k < kPart; k += kLanes) {
         for (int i = 0; i < kLanes / kWidth; ++i) {
-            const auto weights = load<kWidth>(group + k + i * kWidth), codes = steps<kWidth>(weights, inverse_scale);
+            const auto weights = load<kWidth>(part + k + i * kWidth), codes = steps<kWidth>(weights * inverse_scale);
             products[i] += weights * codes;
             squares[i] += codes * codes;
         }
     }
-    return stored_scale(folded<kWidth>(products) / folded<kWidth>(squares));
+    return folded<kWidth>(products) / folded<kWidth>(squares);
 }
 
 constexpr int kCandidates = 3;
 constexpr double kScaleDivisors[kCandidates] = {8.0, 7.0, 7.5};
 
-template <int kWidth, int kGroup>
-GEMMA2_FAST_INLINE void quantize_int4(const float (&group)[kGroup], const Extremes& range, Quantized<kGroup>& out) {
+// The scale that a part would have alone, not yet rounded.
+template <int kWidth>
+GEMMA2_FAST_INLINE float own_scale(const float* part, const Extremes& range) {
     const float largest = range.high >= -range.low ? range.high : range.low;
     float scales[kCandidates], inverses[kCandidates], errors[kCandidates];
     for (int i = 0; i < kCandidates; ++i) {
-        scales[i] = stored_scale(largest * static_cast<float>(-1 / kScaleDivisors[i]));
+        scales[i] = largest * static_cast<float>(-1 / kScaleDivisors[i]);
         inverses[i] = inverse(scales[i]);
     }
-    for (int i = 0; i < kCandidates; ++i) errors[i] = squared_error<kWidth>(group, scales[i], inverses[i]);
+    for (int i = 0; i < kCandidates; ++i) errors[i] = squared_error<kWidth>(part, scales[i], inverses[i]);
     int best = 0;
     for (int i = 1; i < kCandidates; ++i) best = errors[i] < errors[best] ? i : best;
-
-    const float fitted = fitted_scale<kWidth>(group, inverses[best]), fitted_inverse = inverse(fitted);
-    const bool refit = squared_error<kWidth>(group, fitted, fitted_inverse) < errors[best];
-    out.scale = refit ? fitted : scales[best];
-    const float inverse_scale = refit ? fitted_inverse : inverses[best];
-    for (int k = 0; k < kGroup; k += kWidth)
-        put_codes<kWidth>(steps<kWidth>(load<kWidth>(group + k), inverse_scale) + (kRounder + 8.0f), out.codes + k);
+    const float fitted = fitted_scale<kWidth>(part, inverses[best]);
+    return squared_error<kWidth>(part, fitted, inverse(fitted)) < errors[best] ? fitted : scales[best];
 }
 
-GEMMA2_FAST_INLINE void put(Int8G128Block& block, int64_t row, const Quantized<128>& quantized) {
-    for (int k = 0; k < 128; k += 4) std::memcpy(block.codes[k / 4][row], quantized.codes + k, 4);
+constexpr double kFactorDivisors[] = {8.0, 7.0, 6.0, 5.0, 4.0};
+
+using Parts = Floats<kParts>;  // a lane for each part of a group
+
+struct CommonScale {
+    float scale = 0;
+    Parts factors = {};
+};
+
+// The scale whose multiples come nearest to those that the parts would have alone.
+GEMMA2_FAST_INLINE CommonScale common_scale(const Parts& own) {
+    float largest = own[0];
+    for (int part = 1; part < kParts; ++part) largest = std::fabs(own[part]) > std::fabs(largest) ? own[part] : largest;
+    CommonScale best;
+    float least = 0;
+    for (const double divisor : kFactorDivisors) {
+        const float scale = stored_scale(largest * static_cast<float>(-1 / divisor));
+        Parts factors = steps<kParts>(own * inverse(scale));
+        factors = factors == 0.0f ? (own != 0.0f ? Parts{} + 1.0f : factors) : factors;
+        const Parts difference = own - scale * factors, squares = difference * difference;
+        const float error = (squares[0] + squares[2]) + (squares[1] + squares[3]);
+        if (divisor == kFactorDivisors[0] || error < least) {
+            best = {scale, factors};
+            least = error;
+        }
+    }
+    return best;
+}
+
+template <int kWidth>
+GEMMA2_FAST_INLINE void quantize_group(const Int4G32Block&, const float (&group)[kGroup], Quantized& out) {
+    Parts own;
+    out.finite = true;
+    for (int part = 0; part < kParts; ++part) {
+        const Extremes range = extremes<kWidth, kPart>(group + part * kPart);
+        out.finite &= range.finite;
+        own[part] = own_scale<kWidth>(group + part * kPart, range);
+    }
+    const CommonScale common = common_scale(own);
+    out.scale = common.scale;
+    for (int part = 0; part < kParts; ++part) {
+        const float inverse_scale = inverse(common.scale * common.factors[part]);
+        for (int k = part * kPart; k < (part + 1) * kPart; k += kWidth)
+            put_codes<kWidth>(steps<kWidth>(load<kWidth>(group + k) * inverse_scale) + (kRounder + 8.0f),
+                              out.codes + k);
+        out.factors[part] = static_cast<uint8_t>(std::bit_cast<uint32_t>(common.factors[part] + (kRounder + 8.0f)));
+    }
+}
+
+GEMMA2_FAST_INLINE void put(Int8G128Block& block, int64_t row, const Quantized& quantized) {
+    for (int k = 0; k < kGroup; k += 4) std::memcpy(block.codes[k / 4][row], quantized.codes + k, 4);
     block.scales[row] = upper_half(quantized.scale);
 }
 
 // The block's nibbles must be zeros before its first row.
-template <int kGroup>
-GEMMA2_FAST_INLINE void put(Int4Block<kGroup>& block, int64_t row, const Quantized<kGroup>& quantized) {
+GEMMA2_FAST_INLINE void put(Int4G32Block& block, int64_t row, const Quantized& quantized) {
     const int64_t half = row / 32, lane = row % 16;
     const int shift = row % 32 < 16 ? 0 : 4;
     for (int k = 0; k < kGroup; k += 4) {
@@ -220,35 +269,25 @@ GEMMA2_FAST_INLINE void put(Int4Block<kGroup>& block, int64_t row, const Quantiz
         present |= four << shift;  // codes have four bits: none reaches the next byte
         std::memcpy(block.nibbles[k / 4][half][lane], &present, 4);
     }
+    for (int i = 0; i < 2; ++i)
+        block.factors[i][row] = static_cast<uint8_t>(quantized.factors[2 * i] | quantized.factors[2 * i + 1] << 4);
     block.scales[row] = upper_half(quantized.scale);
 }
 
-template <int kWidth, int kGroup>
-GEMMA2_FAST_INLINE void quantize_for(const Int4Block<kGroup>&, const float (&group)[kGroup], const Extremes& range,
-                                     Quantized<kGroup>& out) {
-    quantize_int4<kWidth>(group, range, out);
-}
-template <int kWidth>
-GEMMA2_FAST_INLINE void quantize_for(const Int8G128Block&, const float (&group)[128], const Extremes& range,
-                                     Quantized<128>& out) {
-    quantize_int8<kWidth>(group, range, out);
-}
-
 // One strip; the first of its rows that is not finite, or -1.
-template <int kWidth, typename Block, int kGroup>
+template <int kWidth, typename Block>
 GEMMA2_FAST_INLINE int64_t quantize_strip(const UnquantizedRows& source, int64_t strip, std::byte* out) {
     const int64_t first_row = strip * kStripRows, rows = std::min(kStripRows, source.rows - first_row);
     int64_t bad_row = -1;
     for (int64_t begin = 0; begin < source.cols; begin += kGroup, out += sizeof(Block)) {
         Block block = {};
         float group[kGroup] = {};
-        Quantized<kGroup> quantized;
+        Quantized quantized;
         for (int64_t row = 0; row < kStripRows; ++row) {
             if (row < rows) read_group(source, first_row + row, begin, group);
             if (row == rows) std::fill(group, group + kGroup, 0.0f);
-            const Extremes range = extremes<kWidth>(group);
-            if (!range.finite && (bad_row < 0 || first_row + row < bad_row)) bad_row = first_row + row;
-            quantize_for<kWidth>(block, group, range, quantized);
+            quantize_group<kWidth>(block, group, quantized);
+            if (!quantized.finite && (bad_row < 0 || first_row + row < bad_row)) bad_row = first_row + row;
             put(block, row, quantized);
         }
         std::memcpy(out, &block, sizeof block);
@@ -258,37 +297,35 @@ GEMMA2_FAST_INLINE int64_t quantize_strip(const UnquantizedRows& source, int64_t
 
 using QuantizeStrip = int64_t (*)(const UnquantizedRows&, int64_t, std::byte*);
 
-template <typename Block, int kGroup>
+template <typename Block>
 int64_t strip_of_any(const UnquantizedRows& source, int64_t strip, std::byte* out) {
-    return quantize_strip<4, Block, kGroup>(source, strip, out);
+    return quantize_strip<4, Block>(source, strip, out);
 }
 #if defined(__x86_64__)
-template <typename Block, int kGroup>
+template <typename Block>
 [[gnu::target("avx512f,avx512bw,avx512dq,avx512vl")]]
 int64_t strip_of_avx512(const UnquantizedRows& source, int64_t strip, std::byte* out) {
-    return quantize_strip<16, Block, kGroup>(source, strip, out);
+    return quantize_strip<16, Block>(source, strip, out);
 }
 #endif
 
-template <typename Block, int kGroup>
+template <typename Block>
 QuantizeStrip for_set([[maybe_unused]] InstructionSet set) {
 #if defined(__x86_64__)
-    if (set >= InstructionSet::kAvx512Vnni) return strip_of_avx512<Block, kGroup>;
+    if (set >= InstructionSet::kAvx512Vnni) return strip_of_avx512<Block>;
 #endif
-    return strip_of_any<Block, kGroup>;
+    return strip_of_any<Block>;
 }
 
 QuantizeStrip quantizer(WeightType target, InstructionSet set) {
     switch (target) {
         case WeightType::kInt8G128:
-            return for_set<Int8G128Block, 128>(set);
-        case WeightType::kInt4G128:
-            return for_set<Int4Block<128>, 128>(set);
+            return for_set<Int8G128Block>(set);
         case WeightType::kInt4G32:
-            return for_set<Int4Block<32>, 32>(set);
+            return for_set<Int4G32Block>(set);
         default:
             throw Error("cannot quantise to " + std::string(weight_format(target).name) +
-                        ": expected INT8_G128, INT4_G128 or INT4_G32");
+                        ": expected INT8_G128 or INT4_G32");
     }
 }
 

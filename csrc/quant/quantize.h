@@ -18,9 +18,9 @@ struct UnquantizedRows {
     const std::byte* data = nullptr;
 };
 
-// Writes the rows to `out` as strips of kInt8G128, kInt4G128 or kInt4G32, bit for bit as gemma2_fast.quant packs them
-// whatever the instruction set. Throws Error for other types. Returns the first row that holds an infinity or a NaN, if
-// any: then `out` is worthless.
+// Writes the rows to `out` as strips of kInt8G128 or kInt4G32, bit for bit as gemma2_fast.quant packs them whatever the
+// instruction set. Throws Error for other types. Returns the first row that holds an infinity or a NaN, if any: then
+// `out` is worthless.
 std::optional<int64_t> quantize_strips(const UnquantizedRows& source, WeightType target, std::byte* out,
                                        InstructionSet set, ThreadPool& pool);
 

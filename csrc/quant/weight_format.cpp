@@ -8,7 +8,7 @@
 namespace gemma2_fast {
 namespace {
 
-constexpr std::array<WeightFormat, 14> kFormats{{
+constexpr std::array<WeightFormat, 13> kFormats{{
     {WeightType::kF32, "F32", 1, 1, 4},
     {WeightType::kF16, "F16", 1, 1, 2},
     {WeightType::kBF16, "BF16", 1, 1, 2},
@@ -21,8 +21,7 @@ constexpr std::array<WeightFormat, 14> kFormats{{
     {WeightType::kQ5_K, "Q5_K", 1, 256, 176},
     {WeightType::kQ6_K, "Q6_K", 1, 256, 210},
     {WeightType::kInt8G128, "INT8_G128", kStripRows, 128, sizeof(Int8G128Block)},
-    {WeightType::kInt4G128, "INT4_G128", kStripRows, 128, sizeof(Int4Block<128>)},
-    {WeightType::kInt4G32, "INT4_G32", kStripRows, 32, sizeof(Int4Block<32>)},
+    {WeightType::kInt4G32, "INT4_G32", kStripRows, 128, sizeof(Int4G32Block)},
 }};
 
 constexpr bool table_follows_enum() {

@@ -1,6 +1,6 @@
 // Weights in strips of 64 rows, the order in which the int8 matmul reads them: one record a format. INT8_G128 and
-// INT4_G128/G32 are stored so (quant/weight_format.h); GGUF's formats are brought into it in memory, every weight
-// keeping its exact value. Codes are unsigned, as the four-byte dot products want one operand.
+// INT4_G32 are stored so (quant/weight_format.h); GGUF's formats are brought into it in memory, every weight keeping
+// its exact value. Codes are unsigned, as the four-byte dot products want one operand.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ struct Codes8 {
 
 template <int kWeights>
 struct Codes4 {
-    uint8_t nibbles[kWeights / 4][2][16][4];  // as in Int4Block
+    uint8_t nibbles[kWeights / 4][2][16][4];  // as in Int4G32Block
 
     void put(int64_t row, int64_t col, uint32_t code) {
         nibbles[col / 4][row / 32][row % 16][col % 4] |= static_cast<uint8_t>((code & 15) << (row % 32 / 16 * 4));

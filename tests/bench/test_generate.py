@@ -69,8 +69,8 @@ def test_weight_bytes_after_quantisation(tiny_checkpoint: Path) -> None:
     strips = 4 * (1 + 1 + 1 + 1 + 2 + 2 + 1) + 512 // 64  # query, key, value, output, gate, up, down; the head
     gains = 2 * 64 * (4 * 4 + 1)
     assert traffic.weight_bytes(description, "int8") == strips * (8192 + 128) + gains
-    in_int4 = 4 * (8 * 2 + 3)  # blocks of 32 columns: two in the eight strips of 64 columns, three in that of down
-    assert traffic.weight_bytes(description, "int4") == in_int4 * (1024 + 128) + 8 * (8192 + 128) + gains
+    in_int4 = strips - 512 // 64  # half as many bytes of codes, half a byte a factor of 32 columns
+    assert traffic.weight_bytes(description, "int4") == in_int4 * (4096 + 128 + 128) + 8 * (8192 + 128) + gains
 
 
 def test_whole_measurement(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,13 +57,15 @@ def test_strips_by_hand(ops: _core.Ops) -> None:
     # Of int8, column 6 is byte 2 of the second four; of int4, row 49 is the high nibble of lane 1 in the second half.
     int8 = np.full((32, 64, 4), 128, np.uint8)
     int8[1, 49, 2] = 131
-    int4 = np.full((8, 2, 16, 4), 0x88, np.uint8)
-    int4[1, 1, 1, 2] = 0xB8
+    int4 = np.full((32, 2, 16, 4), 0x88, np.uint8)
+    int4[1, 1, 1, 2] = int4[31, 1, 1, 3] = 0xB8
+    factors = np.full((2, 64), 0x88, np.uint8)
+    factors[0, 49], factors[1, 49] = 0x89, 0x18  # 1 for columns 0 to 31, -7 for 96 to 127
     half = np.full(64, 0x3F00, np.uint16).view(np.uint8)  # 0.5 in bfloat16
-    for name, codes in (("INT8_G128", int8), ("INT4_G32", int4)):
-        data = np.concatenate([codes.ravel(), half])
-        assert np.flatnonzero(ops.dequantize_row(name, data, 32, 64, 49)).tolist() == [6]
-        assert ops.dequantize_row(name, data, 32, 64, 49)[6] == 1.5
+    row = ops.dequantize_row("INT8_G128", np.concatenate([int8.ravel(), half]), 128, 64, 49)
+    assert (np.flatnonzero(row).tolist(), row[6]) == ([6], 1.5)
+    row = ops.dequantize_row("INT4_G32", np.concatenate([int4.ravel(), factors.ravel(), half]), 128, 64, 49)
+    assert (np.flatnonzero(row).tolist(), row[6], row[127]) == ([6, 127], 1.5, -10.5)
 
 
 @pytest.mark.parametrize("name", ROWS_OF_ANY_LENGTH)

@@ -12,14 +12,23 @@ from gemma2_fast import _core
 from gemma2_fast.errors import RequestError
 from gemma2_fast.quant import FORMATS
 from gemma2_fast.weights.tensor import Tensor
-from tests.ops.stored_weights import HALF_OFFSETS, PLAIN_FORMATS, Array32, Array64, activations, stored_matrix
+from tests.ops.stored_weights import (
+    HALF_OFFSETS,
+    PLAIN_FORMATS,
+    STRIP_FORMATS,
+    Array32,
+    Array64,
+    activations,
+    stored_matrix,
+    unpacked,
+)
 from tests.support.closeness import assert_close, assert_rejected
 
 QUANTISED = [name for name in FORMATS if name not in PLAIN_FORMATS]
 # A strip has 64 rows; a register tile 1 to 6 tokens, a matrix tile 16, a block 64; a pass 512.
 ROWS = [1, 64, 67, 130]
 TOKENS = [*range(1, 20), 31, 63, 64, 65, 70, 129]
-PART_COLS = {"INT8_G128": 128, "INT4_G128": 128, "Q6_K": 16}  # columns that share a weight scale, where not 32
+PART_COLS = {"INT8_G128": 128, "INT4_G32": 128, "Q6_K": 16}  # columns that share a weight scale, where not 32
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,15 @@ def test_by_hand(ops: _core.Ops, name: str) -> None:
     assert abs(stored - 0.5) < 0.01
 
 
+@pytest.mark.parametrize("name", STRIP_FORMATS)
+def test_every_code_in_its_place(ops: _core.Ops, name: str) -> None:
+    """A token of one column and zeros gives that column, whatever bytes are stored."""
+    cols = 256
+    data = np.ascontiguousarray(stored_matrix(name, 64, cols, seed=8))
+    out = ops.int8_matmul(name, data, 64, np.eye(cols, dtype=np.float32))
+    np.testing.assert_allclose(out, unpacked(name, data, 64, cols).T, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_exact(ops: _core.Ops, name: str) -> None:
     for cols in columns_of(name):
@@ -125,7 +143,7 @@ def test_threads_share_strips(name: str) -> None:
 
 
 def test_only_the_wanted_strips_are_written(ops: _core.Ops) -> None:
-    case = make_case("INT4_G128", 200, 128, 2)
+    case = make_case("INT4_G32", 200, 128, 2)
     out = ops.int8_matmul(case.name, case.strips, case.rows, case.x, 1, 3)
     assert np.isnan(out[:, :64]).all()
     assert np.isnan(out[:, 192:]).all()

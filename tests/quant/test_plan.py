@@ -40,7 +40,7 @@ def plan(formats: tuple[str, ...], **changes: Any) -> EnginePlan:
         (("INT8_G128",), {}, None, "int8"),
         (("INT8_G128",), {"quantization": "int8"}, None, "int8"),
         (OURS_4, {"quantization": "int4"}, None, "int8"),
-        (("INT8_G128", "INT4_G128"), {"quantization": "int4", "activations": "int8"}, None, "int8"),
+        (OURS_4[::-1], {"quantization": "int4", "activations": "int8"}, None, "int8"),
         (GGUF, {}, None, "int8"),
         (GGUF, {"activations": "float32"}, None, "float32"),
         (GGUF, {"backend": "reference"}, None, "float32"),

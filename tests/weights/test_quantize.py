@@ -112,7 +112,7 @@ def test_which_tensors_are_quantised() -> None:
     for name, shape in {"final_norm": (96,), "recurrent.conv": (9, 1, 4), "recurrent.input_gate_bias": (2, 4)}.items():
         assert quantized_format(name, shape, "int8") is None
     assert stored_quantization(["INT8_G128"]) == "int8"
-    assert stored_quantization(["INT8_G128", "INT4_G128"]) == "int4"
+    assert stored_quantization(["INT8_G128", "INT4_G32"]) == "int4"
     assert stored_quantization(["BF16", "Q4_K"]) is None
 
 

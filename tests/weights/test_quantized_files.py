@@ -24,7 +24,7 @@ KEY = "gemma2_fast."
 def test_the_metadata_says_what_a_reader_can_check(tmp_path: Path) -> None:
     header, data = header_and_data(write_few(tmp_path))
     assert header.pop("__metadata__") == {
-        "gemma2_fast.format_version": "1",
+        "gemma2_fast.format_version": "2",
         "gemma2_fast.quantization": "int4",
         "gemma2_fast.source": "google/gemma-2-2b, BF16",
         "gemma2_fast.tool_version": "0.1.0",
@@ -33,11 +33,11 @@ def test_the_metadata_says_what_a_reader_can_check(tmp_path: Path) -> None:
     }
     assert header == {
         "embed": {"dtype": "U8", "shape": [2 * 8320], "data_offsets": [0, 16640]},
-        "wide": {"dtype": "U8", "shape": [4 * 1152], "data_offsets": [16640, 21248]},
-        "long": {"dtype": "BF16", "shape": [32], "data_offsets": [21248, 21312]},
-        "norm": {"dtype": "BF16", "shape": [5], "data_offsets": [21312, 21322]},
+        "wide": {"dtype": "U8", "shape": [2 * 4352], "data_offsets": [16640, 25344]},
+        "long": {"dtype": "BF16", "shape": [32], "data_offsets": [25344, 25408]},
+        "norm": {"dtype": "BF16", "shape": [5], "data_offsets": [25408, 25418]},
     }
-    assert len(data) == 21322
+    assert len(data) == 25418
 
 
 def test_tensors_are_mapped_as_they_were_written(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_tensors_are_mapped_as_they_were_written(tmp_path: Path) -> None:
 def test_other_readers_see_bytes(tmp_path: Path) -> None:
     listed = dict(safetensors.deserialize(write_few(tmp_path).read_bytes()))
     assert {name: (t["dtype"], t["shape"]) for name, t in listed.items()} == {
-        "wide": ("U8", [4608]),
+        "wide": ("U8", [8704]),
         "embed": ("U8", [16640]),
         "norm": ("BF16", [5]),
         "long": ("BF16", [32]),
@@ -65,11 +65,11 @@ def test_other_readers_see_bytes(tmp_path: Path) -> None:
 
 
 def test_shards_have_an_index_and_one_large_tensor_each(tmp_path: Path) -> None:
-    write_few(tmp_path, shard_bytes=5000)
+    write_few(tmp_path, shard_bytes=9000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     first, second, third = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
     assert index == {
-        "metadata": {"total_size": 21322},
+        "metadata": {"total_size": 25418},
         "weight_map": {"norm": first, "wide": first, "embed": second, "long": third},
     }
     stored = read_safetensors_directory(tmp_path)
@@ -80,7 +80,7 @@ def test_shards_have_an_index_and_one_large_tensor_each(tmp_path: Path) -> None:
 
 
 def test_shards_of_different_models_are_refused(tmp_path: Path) -> None:
-    write_few(tmp_path, shard_bytes=5000)
+    write_few(tmp_path, shard_bytes=9000)
     path = tmp_path / "model-00002-of-00003.safetensors"
     header, data = header_and_data(path)
     header["__metadata__"][KEY + "source"] = "another"
@@ -124,10 +124,13 @@ def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "newer version": (
-        change(format_version="2", tool_version="9.1"),
-        "format version 2, written by gemma2-fast '9.1'; this gemma2-fast reads version 1: upgrade it",
+        change(format_version="3", tool_version="9.1"),
+        "format version 3, written by gemma2-fast '9.1'; this gemma2-fast reads version 2: upgrade it",
     ),
-    "older version": (change(format_version="0"), "reads version 1: quantise the model again"),
+    "older version": (
+        change(format_version="1"),
+        "format version 1, written by gemma2-fast '0.1.0'; this gemma2-fast reads version 2: quantise the model again",
+    ),
     "no version": (change(format_version=None), "format_version must be a number, got None"),
     "version in words": (change(format_version="one"), "format_version must be a number, got 'one'"),
     "newer without its tool": (change(format_version="3", tool_version=None), "written by gemma2-fast 'unknown'"),
@@ -135,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "unknown key": (change(colour="red"), r"has the unknown \['gemma2_fast.colour'\]"),
     "unknown format": (
         change(tensor_wide="INT3_G64 65 33"),
-        "'gemma2_fast.tensor.wide' names the unknown format 'INT3_G64'; known are INT8_G128, INT4_G128, INT4_G32",
+        "'gemma2_fast.tensor.wide' names the unknown format 'INT3_G64'; known are INT8_G128, INT4_G32",
     ),
     "format without strips": (change(tensor_wide="Q8_0 65 33"), "the unknown format 'Q8_0'"),
     "no shape": (change(tensor_wide="INT4_G32"), "must be a format and two dimensions.* got 'INT4_G32'"),
@@ -149,13 +152,13 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "renamed tensor": (rename("wide", "other"), "lists tensors that it does not hold: 'wide'"),
     "other rows": (
         change(tensor_wide="INT4_G32 64 33"),
-        r"'wide': INT4_G32 of shape \(64, 33\) takes U8 \(2304,\), the file holds 'U8' \(4608,\)",
+        r"'wide': INT4_G32 of shape \(64, 33\) takes U8 \(4352,\), the file holds 'U8' \(8704,\)",
     ),
-    "other format": (change(tensor_wide="INT8_G128 65 33"), r"takes U8 \(16640,\), the file holds 'U8' \(4608,\)"),
-    "bytes of two dimensions": (replace_entry("wide", shape=[2, 2304]), r"the file holds 'U8' \(2, 2304\)"),
-    "floats instead of bytes": (replace_entry("wide", dtype="F32", shape=[1152]), r"the file holds 'F32' \(1152,\)"),
+    "other format": (change(tensor_wide="INT8_G128 65 33"), r"takes U8 \(16640,\), the file holds 'U8' \(8704,\)"),
+    "bytes of two dimensions": (replace_entry("wide", shape=[2, 4352]), r"the file holds 'U8' \(2, 4352\)"),
+    "floats instead of bytes": (replace_entry("wide", dtype="F32", shape=[2176]), r"the file holds 'F32' \(2176,\)"),
     "bytes without a format": (change(tensor_wide=None), r"unsupported dtypes: 'wide' \('U8'\)"),
-    "offsets past the end": (replace_entry("wide", data_offsets=[16640, 21249]), "takes 4608 bytes.*give 4609"),
+    "offsets past the end": (replace_entry("wide", data_offsets=[16640, 25345]), "takes 8704 bytes.*give 8705"),
 }
 
 

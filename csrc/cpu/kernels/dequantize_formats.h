@@ -276,10 +276,8 @@ inline void with_format(WeightType type, Visitor&& visitor) {
             return visitor.template operator()<FormatQ6_K>();
         case WeightType::kInt8G128:
             return visitor.template operator()<FormatInt8G128>();
-        case WeightType::kInt4G128:
-            return visitor.template operator()<FormatInt4<128>>();
         case WeightType::kInt4G32:
-            return visitor.template operator()<FormatInt4<32>>();
+            return visitor.template operator()<FormatInt4G32>();
     }
 }
 

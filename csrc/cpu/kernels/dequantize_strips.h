@@ -45,24 +45,25 @@ struct FormatInt8G128 {
     };
 };
 
-template <int kGroupWeights>
-struct FormatInt4 {
-    using Block = Int4Block<kGroupWeights>;
-    static constexpr int64_t kBlockWeights = kGroupWeights, kBlockBytes = sizeof(Block);
+struct FormatInt4G32 {
+    static constexpr int64_t kBlockWeights = 128, kBlockBytes = sizeof(Int4G32Block);
 
     class Row {
       public:
         Row(const std::byte* block, int64_t row)
             : nibbles_(block + row / 32 * 64 + row % 16 * 4),
+              factors_(block + offsetof(Int4G32Block, factors) + row),
               shift_(row % 32 < 16 ? 0 : 4),
-              scale_(strip_scale(block + offsetof(Block, scales), row)) {}
+              scale_(strip_scale(block + offsetof(Int4G32Block, scales), row)) {}
         F32 weights(int64_t col) const {
             const I32 codes = bit_and(shift_right(gather_codes<2 * kStripRows>(nibbles_, col), shift_), 15);
-            return mul(sub(to_float(codes), broadcast(8)), scale_);
+            const int pair = load_as<uint8_t>(factors_ + col / 64 * kStripRows);
+            const F32 factor = broadcast(static_cast<float>((pair >> col / 32 % 2 * 4 & 15) - 8));
+            return mul(mul(sub(to_float(codes), broadcast(8)), factor), scale_);
         }
 
       private:
-        const std::byte* nibbles_;
+        const std::byte *nibbles_, *factors_;
         int shift_;
         F32 scale_;
     };

@@ -46,6 +46,34 @@ inline void unpack_nibbles(const uint8_t* nibbles, int64_t num_steps, uint8_t* _
     }
 }
 
+using Pairs [[gnu::vector_size(64)]] = uint16_t;  // named: gcc 12 leaves loops over pairs of bytes as they are
+
+// 32 columns as codes factor * (nibble - 8) + 64, two in 16 bits: whatever is carried meanwhile, in the end each is one
+// of 8..128. Factors are nibbles too, those that begin at bit `shift`.
+inline void unpack_factored(const uint8_t* nibbles, const uint8_t* factors, int shift, uint8_t* __restrict out) {
+    alignas(64) uint32_t spread[kStripRows], offsets[kStripRows];  // to the two pairs of each row
+    for (int64_t row = 0; row < kStripRows; ++row) {
+        const uint32_t nibble = static_cast<uint32_t>(factors[row]) >> shift & 15;
+        spread[row] = ((nibble - 8) & 0xffff) * 0x00010001;
+        offsets[row] = (128 - 8 * nibble) * 0x01010101;
+    }
+    Pairs factor[4], offset[4];
+    std::memcpy(factor, spread, sizeof spread);
+    std::memcpy(offset, offsets, sizeof offsets);
+    for (int64_t step = 0; step < 8; ++step) {
+        GEMMA2_FAST_UNROLL
+        for (int64_t half = 0; half < 2; ++half, nibbles += 64, out += 128) {
+            Pairs packed;
+            std::memcpy(&packed, nibbles, sizeof packed);
+            fetch_ahead(nibbles);
+            const Pairs low = (packed & 0x0f0f) * factor[2 * half] + offset[2 * half];
+            const Pairs high = (packed >> 4 & 0x0f0f) * factor[2 * half + 1] + offset[2 * half + 1];
+            std::memcpy(out, &low, sizeof low);
+            std::memcpy(out + 64, &high, sizeof high);
+        }
+    }
+}
+
 template <int kWeights>
 inline void unpack_codes(const Codes4<kWeights>& codes, int64_t first_step, int64_t num_steps, uint8_t* out) {
     unpack_nibbles(&codes.nibbles[first_step][0][0][0], num_steps, out);
@@ -94,24 +122,6 @@ inline void unpack_products(const Halves& halves, const Integer* group_factors, 
     }
 }
 
-template <int kWeights>
-inline void unpack_codes(const Int4Block<kWeights>& block, uint8_t* out) {
-    unpack_nibbles(&block.nibbles[0][0][0][0], kWeights / 4, out);
-}
-template <typename Strip>
-inline void unpack_codes(const Strip& block, uint8_t* out) {
-    unpack_codes(block.codes, 0, 8, out);
-}
-
-template <int kWeights>
-inline void unpack_scales(const Int4Block<kWeights>& block, float* out) {
-    unpack_bf16(block.scales, out);
-}
-template <typename Strip>
-inline void unpack_scales(const Strip& block, float* out) {
-    unpack_halves(block.scales, out);
-}
-
 // One policy a format: how many parts a group has, whether weights have minimums, the code of zero, and unpack(), which
 // fills `buffer` from the group-th group of a strip that has `cols` columns, and says where the results are. kInPlace
 // where the codes stay where they are stored, so that the tile is the first to read them.
@@ -128,8 +138,8 @@ struct SmallBlockStrips {  // 32 columns a block
             uint8_t* codes = buffer.codes + part * 8 * kStepCodes;
             float *scales = buffer.scales + part * kStripRows, *minimums = buffer.minimums + part * kStripRows;
             if (part < num_blocks) {
-                unpack_codes(blocks[part], codes);
-                unpack_scales(blocks[part], scales);
+                unpack_codes(blocks[part].codes, 0, 8, codes);
+                unpack_halves(blocks[part].scales, scales);
                 if constexpr (kMinimums) unpack_halves(blocks[part].minimums, minimums);
             } else {
                 std::memset(codes, kZero, 8 * kStepCodes);
@@ -186,14 +196,16 @@ struct StripsInt8G128 {
     }
 };
 
-struct StripsInt4G128 {
+struct StripsInt4G32 {  // factors go into the codes, so that a row has one scale
     static constexpr int64_t kParts = 1;
-    static constexpr int32_t kZero = 8;
+    static constexpr int32_t kZero = 64;  // in 16 bits there is room for two products of these codes, and not of larger
     static constexpr bool kMinimums = false, kInPlace = false;
 
     static Group unpack(const std::byte* strip, int64_t group, int64_t, GroupBuffer& buffer) {
-        const Int4Block<128>& block = reinterpret_cast<const Int4Block<128>*>(strip)[group];
-        unpack_codes(block, buffer.codes);
+        const Int4G32Block& block = reinterpret_cast<const Int4G32Block*>(strip)[group];
+        for (int64_t part = 0; part < 4; ++part)
+            unpack_factored(&block.nibbles[part * 8][0][0][0], block.factors[part / 2], part % 2 * 4,
+                            buffer.codes + part * 8 * kStepCodes);
         unpack_bf16(block.scales, buffer.scales);
         return {buffer.codes, buffer.scales, nullptr};
     }
@@ -205,10 +217,8 @@ void with_strips(WeightType type, Visit visit) {
     switch (type) {
         case WeightType::kInt8G128:
             return visit.template operator()<StripsInt8G128>();
-        case WeightType::kInt4G128:
-            return visit.template operator()<StripsInt4G128>();
         case WeightType::kInt4G32:
-            return visit.template operator()<SmallBlockStrips<Int4Block<32>, 8, false>>();
+            return visit.template operator()<StripsInt4G32>();
         case WeightType::kQ8_0:
             return visit.template operator()<SmallBlockStrips<StripQ8_0, 128, false>>();
         case WeightType::kQ4_0:

@@ -1,35 +1,50 @@
-"""INT4_G128 and INT4_G32: strips of 64 rows, a bfloat16 scale for a group of a row; weight = scale (code - 8).
+"""INT4_G32: strips of 64 rows; 128 weights of a row share a bfloat16 scale, and each 32 of them a factor -8..7.
 
-A block holds nibbles [group / 4][2][16][4], then the 64 scales. Of byte [k / 4][half][lane][k % 4] the low nibble
-belongs to row 32 half + lane, the high one to row 32 half + 16 + lane.
+weight = scale factor (code - 8), so that factor (code - 8) is an integer of a byte. A block holds nibbles
+[32][2][16][4], factors [2][64], then the 64 scales. Of byte [k / 4][half][lane][k % 4] the low nibble is the code of
+row 32 half + lane, the high one that of row 32 half + 16 + lane. Of byte [i][row] the low nibble is factor + 8 of
+columns 64 i to 64 i + 31, the high one that of the next 32.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2_fast.quant.bf16 import rounded
 from gemma2_fast.quant.fields import inverse
-from gemma2_fast.quant.format import Bytes, Floats, Format
+from gemma2_fast.quant.format import Bytes, Floats
 from gemma2_fast.quant.strips import STRIP_ROWS, in_fours, in_rows, scale_bytes, scales_of, strip_format
 
 # The weight of largest magnitude becomes about -divisor of the codes -8..7. Divisors above 8, which clip it, lower the
 # squared error further but cost likelihood. Of equally good ones the first is taken: weights that are codes stay exact.
 SCALE_DIVISORS = (8.0, 7.0, 7.5)
+# The same for the largest of four groups' scales and its factor.
+FACTOR_DIVISORS = (8.0, 7.0, 6.0, 5.0, 4.0)
+
+_GROUP, _GROUPS = 32, 4
+_WEIGHTS = _GROUP * _GROUPS
+_NIBBLE_BYTES = _WEIGHTS * STRIP_ROWS // 2
+_FACTOR_BYTES = _GROUPS * STRIP_ROWS // 2
 # Sums run over so many lanes, which are then folded in halves: an order that any width of vector can follow.
-SUM_LANES = 16
+_SUM_LANES = 16
+
+
+def _folded(lanes: Floats) -> Floats:
+    """Sums of [..., L], each half of the lanes added to the other, [..., 1]."""
+    while lanes.shape[-1] > 1:
+        middle = lanes.shape[-1] // 2
+        lanes = lanes[..., :middle] + lanes[..., middle:]
+    return lanes
 
 
 def _sums(terms: Floats) -> Floats:
     """Sums of [..., W] over W in the order that is part of the format's definition, [..., 1]."""
-    lanes = terms.reshape(*terms.shape[:-1], -1, SUM_LANES)
+    lanes = terms.reshape(*terms.shape[:-1], -1, _SUM_LANES)
     total = lanes[..., 0, :].copy()
     for i in range(1, lanes.shape[-2]):
         total += lanes[..., i, :]
-    while total.shape[-1] > 1:
-        middle = total.shape[-1] // 2
-        total = total[..., :middle] + total[..., middle:]
-    return total
+    return _folded(total)
 
 
 def _stored(scales: Floats) -> Floats:
@@ -37,54 +52,105 @@ def _stored(scales: Floats) -> Floats:
     return rounded(scales) + np.float32(0)
 
 
-def _steps(weights: Floats, scales: Floats) -> Floats:
-    """The codes -8..7."""
-    steps: Floats = np.clip(np.rint(weights * inverse(scales)), -8, 7)
+def _steps(values: Floats, scales: Floats) -> Floats:
+    """The nearest integers -8..7 that a scale has for values."""
+    steps: Floats = np.clip(np.rint(values * inverse(scales)), -8, 7)
     return steps
 
 
-def _best_scales(weights: Floats) -> Floats:
+def _fit(weights: Floats, integers: Floats) -> Floats:
+    """The scale of least squared error for weights that become these integers."""
+    fit: Floats = _sums(weights * integers) / _sums(integers * integers)
+    return fit
+
+
+def own_scales(weights: Floats) -> Floats:
     """Of the scales that SCALE_DIVISORS give, and the least-squares fit to the codes of the best, the one of least
-    squared error; [N, 64, 1]."""
-    high, low = weights.max(axis=2, keepdims=True), weights.min(axis=2, keepdims=True)
+    squared error; [..., 1], not yet rounded."""
+    high, low = weights.max(axis=-1, keepdims=True), weights.min(axis=-1, keepdims=True)
     largest = np.where(high >= -low, high, low)
 
     def error_of(scales: Floats) -> Floats:
         difference = weights - scales * _steps(weights, scales)
         return _sums(difference * difference)
 
-    best = _stored(largest * np.float32(-1 / SCALE_DIVISORS[0]))
+    best = largest * np.float32(-1 / SCALE_DIVISORS[0])
     least = error_of(best)
     for divisor in SCALE_DIVISORS[1:]:
-        scales = _stored(largest * np.float32(-1 / divisor))
+        scales = largest * np.float32(-1 / divisor)
         error = error_of(scales)
         best, least = np.where(error < least, scales, best), np.where(error < least, error, least)
-    steps = _steps(weights, best)
-    fitted = _stored(_sums(weights * steps) / _sums(steps * steps))
+    fitted = _fit(weights, _steps(weights, best))
     return np.where(error_of(fitted) < least, fitted, best)
 
 
+def factors_of(group_scales: Floats, scales: Floats) -> Floats:
+    """0 only where that is exact: the codes of a scale much smaller than another still have their bits."""
+    factors = _steps(group_scales, scales)
+    return np.where((factors == 0) & (group_scales != 0), np.float32(1), factors)
+
+
+def common_scales(group_scales: Floats) -> Floats:
+    """Of the scales that FACTOR_DIVISORS give, the one whose multiples are nearest to those of the groups [..., 4]."""
+    largest = np.take_along_axis(group_scales, np.abs(group_scales).argmax(axis=-1, keepdims=True), axis=-1)
+
+    def error_of(scales: Floats) -> Floats:
+        difference = group_scales - scales * factors_of(group_scales, scales)
+        return _folded(difference * difference)
+
+    best = _stored(largest * np.float32(-1 / FACTOR_DIVISORS[0]))
+    least = error_of(best)
+    for divisor in FACTOR_DIVISORS[1:]:
+        scales = _stored(largest * np.float32(-1 / divisor))
+        error = error_of(scales)
+        best, least = np.where(error < least, scales, best), np.where(error < least, error, least)
+    return best
+
+
+def _spread(factors: Floats) -> Floats:
+    """[..., 4] as those of 128 weights."""
+    return np.repeat(factors, _GROUP, axis=-1)
+
+
 def _packed_nibbles(codes: Bytes) -> Bytes:
-    """Codes [N, W / 4, 64, 4] as bytes [N, W * 32]."""
+    """Codes [N, 32, 64, 4] as bytes [N, 4096]."""
     halves = codes.reshape(len(codes), -1, 2, 2, 16, 4)
     return (halves[:, :, :, 0] | halves[:, :, :, 1] << np.uint8(4)).reshape(len(codes), -1)
 
 
-def _int4(name: str, group: int) -> Format:
-    code_bytes = group * STRIP_ROWS // 2
-
-    def unpack(blocks: Bytes) -> Floats:
-        packed = blocks[:, :code_bytes].reshape(len(blocks), group // 4, 2, 16, 4)
-        codes = np.stack([packed & 15, packed >> 4], axis=3).reshape(len(blocks), group // 4, STRIP_ROWS, 4)
-        return (in_rows(codes).view(np.int8) - np.int8(8)) * scales_of(blocks)
-
-    def pack(weights: Floats) -> Bytes:
-        scales = _best_scales(weights)
-        codes = (_steps(weights, scales) + np.float32(8)).astype(np.uint8)
-        return np.concatenate([_packed_nibbles(in_fours(codes)), scale_bytes(scales)], axis=1)
-
-    return strip_format(name, group, code_bytes, unpack, pack)
+def _packed_factors(factors: Bytes) -> Bytes:
+    """[N, 64, 4] as bytes [N, 128]."""
+    by_group = factors.swapaxes(1, 2)
+    return (by_group[:, 0::2] | by_group[:, 1::2] << np.uint8(4)).reshape(len(factors), -1)
 
 
-INT4_G128 = _int4("INT4_G128", 128)
-INT4_G32 = _int4("INT4_G32", 32)
+def _centred(nibbles: Bytes) -> NDArray[np.int8]:
+    return nibbles.view(np.int8) - np.int8(8)
+
+
+def _unpack(blocks: Bytes) -> Floats:
+    packed, pairs = np.split(blocks[:, : -2 * STRIP_ROWS], [_NIBBLE_BYTES], axis=1)
+    packed = packed.reshape(len(blocks), -1, 2, 16, 4)
+    codes = np.stack([packed & 15, packed >> 4], axis=3).reshape(len(blocks), -1, STRIP_ROWS, 4)
+    pairs = pairs.reshape(len(blocks), 2, STRIP_ROWS)
+    factors = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(len(blocks), _GROUPS, STRIP_ROWS).swapaxes(1, 2)
+    return _centred(in_rows(codes)) * np.repeat(_centred(factors), _GROUP, axis=2) * scales_of(blocks)
+
+
+def _pack(weights: Floats) -> Bytes:
+    """Groups find their scales alone; then a scale and four factors come near to those, and codes are made by them."""
+    group_scales = own_scales(weights.reshape(*weights.shape[:2], _GROUPS, _GROUP))[..., 0]
+    scales = common_scales(group_scales)
+    factors = factors_of(group_scales, scales)
+    codes = (_steps(weights, _spread(scales * factors)) + np.float32(8)).astype(np.uint8)
+    return np.concatenate(
+        [
+            _packed_nibbles(in_fours(codes)),
+            _packed_factors((factors + np.float32(8)).astype(np.uint8)),
+            scale_bytes(scales),
+        ],
+        axis=1,
+    )
+
+
+INT4_G32 = strip_format("INT4_G32", _WEIGHTS, _NIBBLE_BYTES + _FACTOR_BYTES, _unpack, _pack)

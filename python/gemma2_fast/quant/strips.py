@@ -18,7 +18,7 @@ SCALE_BYTES = 2 * STRIP_ROWS
 def strip_format(
     name: str, block_weights: int, code_bytes: int, unpack: Callable[[Bytes], Floats], pack: Callable[[Floats], Bytes]
 ) -> Format:
-    """The record of a format whose blocks are `code_bytes` of codes and a bfloat16 scale for each of 64 rows.
+    """The record of a format whose blocks are `code_bytes` of codes and then a bfloat16 scale for each of 64 rows.
 
     unpack: blocks [N, block_bytes] → weights [N, 64, block_weights]; pack: the same backwards.
     """

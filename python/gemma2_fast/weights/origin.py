@@ -1,6 +1,6 @@
 """What a quantised file says in its metadata: where it came from, and what its tensors of bytes are.
 
-gemma2_fast.format_version   "1"
+gemma2_fast.format_version   "2"
 gemma2_fast.quantization     "int8"
 gemma2_fast.source           "google/gemma-2-2b, BF16"
 gemma2_fast.tool_version     "0.1.0"
@@ -18,7 +18,7 @@ from gemma2_fast.errors import FileFormatError
 from gemma2_fast.quant import FORMATS, Format
 from gemma2_fast.weights.messages import quoted
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had another INT4_G32
 # Far above any matrix, and low enough for its size in bytes to fit every integer type it meets later.
 MAX_ROWS = MAX_COLS = 1 << 24
 

@@ -45,7 +45,7 @@ def quantized_format(name: str, shape: tuple[int, ...], quantization: str) -> Fo
 
 
 def stored_quantization(format_names: Iterable[str]) -> str | None:
-    """ "int8" or "int4" where matrices are stored so, whatever their groups; None where there is no such matrix."""
+    """ "int8" or "int4" where matrices are stored so; None where there is no such matrix."""
     stored = {name.partition("_")[0].lower() for name in format_names}
     return next((name for name in ("int4", "int8") if name in stored), None)  # an int4 model has an int8 embedding
 
