@@ -202,10 +202,10 @@ class Ops {
         py::gil_scoped_release no_gil;
         kernels_.quantize_rows(activations, cols, num_tokens, cols, 0, 0, quantized);
         timed([&] {
-            threads_.parallel_for(end - first_strip, [&](int64_t task, int thread) {
-                const int64_t strip = first_strip + task;
-                kernels_.int8_matmul(view, strip, quantized, num_tokens, result + strip * kStripRows, rows,
-                                     scratch_.data() + thread * scratch_floats);
+            threads_.parallel_for((end - first_strip + 1) / 2, [&](int64_t task, int thread) {
+                const int64_t strip = first_strip + 2 * task;
+                kernels_.int8_matmul(view, strip, std::min<int64_t>(2, end - strip), quantized, num_tokens,
+                                     result + strip * kStripRows, rows, scratch_.data() + thread * scratch_floats);
             });
         });
         return out;

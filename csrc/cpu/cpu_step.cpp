@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kHiddenPerTask = 128;  // MLP neurons claimed at once: a group of the quantised hidden rows
 constexpr int64_t kTokensPerTask = 8;    // tokens of an elementwise op claimed at once
+constexpr int64_t kPairsPerThread = 4;   // strips are claimed in pairs where there are at least as many
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -204,10 +205,9 @@ void CpuStep::mlp(const CpuLayer& layer, int64_t num_tokens) {
         const int64_t first = group * kHiddenPerTask, width = std::min(kHiddenPerTask, layer.mlp_width - first);
         float* gate = scratch(thread) + matmul_scratch_floats_;
         float* up = gate + num_tokens * kHiddenPerTask;
-        for (int64_t row = 0; row < width; row += kStripRows) {
-            matmul_strip(layer.gate, (first + row) / kStripRows, input, gate + row, kHiddenPerTask, thread);
-            matmul_strip(layer.up, (first + row) / kStripRows, input, up + row, kHiddenPerTask, thread);
-        }
+        const int64_t first_strip = first / kStripRows, num_strips = divide_up(width, kStripRows);
+        matmul_strips(layer.gate, first_strip, num_strips, input, gate, kHiddenPerTask, thread);
+        matmul_strips(layer.up, first_strip, num_strips, input, up, kHiddenPerTask, thread);
         for (int64_t t = 0; t < num_tokens; ++t) {
             float* out = layer.down.strips ? gate + t * kHiddenPerTask : hidden_.data() + t * layer.mlp_width + first;
             kernels_.geglu(gate + t * kHiddenPerTask, up + t * kHiddenPerTask, width, out);
@@ -292,25 +292,29 @@ void CpuStep::project_logits(const StepBatch& batch, std::span<float> logits) {
 }
 
 void CpuStep::matmul(const Input& input, std::initializer_list<MatmulJob> jobs) {
-    int64_t num_tasks = 0;
-    for (const MatmulJob& job : jobs) num_tasks += job.weight.num_strips();
-    threads_.parallel_for(num_tasks, [&](int64_t strip, int thread) {
+    int64_t num_strips = 0, num_tasks = 0;
+    for (const MatmulJob& job : jobs) num_strips += job.weight.num_strips();
+    const int64_t at_once = num_strips < kPairsPerThread * 2 * threads_.num_threads() ? 1 : 2;
+    for (const MatmulJob& job : jobs) num_tasks += divide_up(job.weight.num_strips(), at_once);
+    threads_.parallel_for(num_tasks, [&](int64_t task, int thread) {
         for (const MatmulJob& job : jobs) {
-            if (strip < job.weight.num_strips())
-                return matmul_strip(job.weight, strip, input, job.out + strip * kStripRows, job.weight.rows(), thread);
-            strip -= job.weight.num_strips();
+            const int64_t tasks = divide_up(job.weight.num_strips(), at_once), strip = task * at_once;
+            if (task < tasks)
+                return matmul_strips(job.weight, strip, std::min(at_once, job.weight.num_strips() - strip), input,
+                                     job.out + strip * kStripRows, job.weight.rows(), thread);
+            task -= tasks;
         }
     });
 }
 
-void CpuStep::matmul_strip(const Matrix& weight, int64_t strip, const Input& input, float* out, int64_t out_stride,
-                           int thread_index) {
+void CpuStep::matmul_strips(const Matrix& weight, int64_t first_strip, int64_t num_strips, const Input& input,
+                            float* out, int64_t out_stride, int thread_index) {
     if (weight.strips) {
-        kernels_.int8_matmul(*weight.strips, strip, input.quantized, input.num_tokens, out, out_stride,
-                             scratch(thread_index));
+        kernels_.int8_matmul(*weight.strips, first_strip, num_strips, input.quantized, input.num_tokens, out,
+                             out_stride, scratch(thread_index));
         return;
     }
-    const int64_t first = strip * kStripRows, end = std::min(first + kStripRows, weight.rows());
+    const int64_t first = first_strip * kStripRows, end = std::min(first + num_strips * kStripRows, weight.rows());
     kernels_.matmul(weight.stored, first, end, input.rows, input.num_tokens, out - first, out_stride,
                     scratch(thread_index));
 }

@@ -60,8 +60,8 @@ class CpuStep final : public ModelStep {
     // One parallel region over the strips of all jobs.
     void matmul(const Input& input, std::initializer_list<MatmulJob> jobs);
     // Rows of one strip for every token: out[t * out_stride] is the first.
-    void matmul_strip(const Matrix& weight, int64_t strip, const Input& input, float* out, int64_t out_stride,
-                      int thread_index);
+    void matmul_strips(const Matrix& weight, int64_t first_strip, int64_t num_strips, const Input& input, float* out,
+                       int64_t out_stride, int thread_index);
     void add_branch(const std::optional<Gain>& gain, int64_t num_tokens);  // residual_ += norm(branch_)
     Input normalized(const Gain& gain, int64_t num_tokens);                // norm(residual_)
     Input quantized(const float* rows, int64_t cols, int64_t num_tokens);

@@ -25,14 +25,14 @@ extern const Ceilings ceilings;
 
 // What they add to the AVX2 and to the AVX-512 kernels.
 namespace isa_avx_vnni {
-void int8_matmul(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,
-                 int64_t out_stride, float* scratch);
+void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
+                 int64_t num_tokens, float* out, int64_t out_stride, float* scratch);
 void attention(const AttentionTask& task, float* scratch);
 extern const Ceilings ceilings;
 }  // namespace isa_avx_vnni
 namespace isa_avx512_amx {
-void int8_matmul(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,
-                 int64_t out_stride, float* scratch);
+void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
+                 int64_t num_tokens, float* out, int64_t out_stride, float* scratch);
 void attention(const AttentionTask& task, float* scratch);
 extern const Ceilings ceilings;
 }  // namespace isa_avx512_amx

@@ -91,11 +91,12 @@ struct Kernels {
     // NaN.
     void (*quantize_rows)(const float* x, int64_t x_stride, int64_t num_tokens, int64_t cols, int64_t first_token,
                           int64_t first_group, const QuantizedRows& out);
-    // out[t * out_stride + r] = sum_c weight[64 * strip + r, c] * x[t, c] for the strip's rows: int32 sums over the
-    // columns that share both scales, float32 sums over those. scratch: int8_matmul_scratch_floats(num_tokens) floats
+    // out[t * out_stride + r] = sum_c weight[64 * first_strip + r, c] * x[t, c] for the strips' rows: int32 sums over
+    // the columns that share both scales, float32 sums over those. One token reads two strips faster than one and one.
+    // scratch: int8_matmul_scratch_floats(num_tokens) floats
     // on a cache line, this thread's own.
-    void (*int8_matmul)(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,
-                        int64_t out_stride, float* scratch);
+    void (*int8_matmul)(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
+                        int64_t num_tokens, float* out, int64_t out_stride, float* scratch);
     int64_t (*int8_matmul_scratch_floats)(int64_t num_tokens);
 
     // out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * gain; gain[E] is 1 + w. out may be x.

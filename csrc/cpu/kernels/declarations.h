@@ -12,8 +12,8 @@ void matmul(const WeightView& weight, int64_t row_begin, int64_t row_end, const 
 int64_t matmul_scratch_floats(int64_t cols);
 void quantize_rows(const float* x, int64_t x_stride, int64_t num_tokens, int64_t cols, int64_t first_token,
                    int64_t first_group, const QuantizedRows& out);
-void int8_matmul(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,
-                 int64_t out_stride, float* scratch);
+void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
+                 int64_t num_tokens, float* out, int64_t out_stride, float* scratch);
 int64_t int8_matmul_scratch_floats(int64_t num_tokens);
 
 void rms_norm(const float* x, const float* gain, float epsilon, int64_t num_rows, int64_t width, float* out);

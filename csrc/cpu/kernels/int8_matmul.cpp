@@ -1,4 +1,5 @@
 #include "cpu/kernels/declarations.h"
+#include "cpu/kernels/int8_matvec.h"
 #include "cpu/kernels/int8_tile.h"
 #include "cpu/kernels/int8_tile_amx.h"
 
@@ -82,6 +83,26 @@ void multiply_strip(const std::byte* strip, int64_t cols, const QuantizedRows& x
     }
 }
 
+template <typename Matvec>
+void multiply_token_strips(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
+                           float* out) {
+    const int64_t bytes = strip_bytes(weight.type, weight.cols), num_groups = divide_up(weight.cols, kGroupCols);
+    for (int64_t done = 0; done < num_strips;) {
+        const std::byte* strips = weight.data + (first_strip + done) * bytes;
+        const int64_t count = min(kMostMatvecStrips, num_strips - done);
+        float* rows = out + done * kStripRows;
+        const int64_t num_rows = min(count * kStripRows, weight.rows - (first_strip + done) * kStripRows);
+        float whole[kMostMatvecStrips * kStripRows];
+        float* results = num_rows < count * kStripRows ? whole : rows;
+        if (count == 1)
+            multiply_token<Matvec, 1>(strips, bytes, num_groups, x, results);
+        else
+            multiply_token<Matvec, kMostMatvecStrips>(strips, bytes, num_groups, x, results);
+        if (results == whole) std::memcpy(rows, whole, static_cast<std::size_t>(num_rows) * sizeof(float));
+        done += count;
+    }
+}
+
 }  // namespace
 
 int64_t int8_matmul_scratch_floats(int64_t num_tokens) {
@@ -90,20 +111,26 @@ int64_t int8_matmul_scratch_floats(int64_t num_tokens) {
            divide_up(min(num_tokens, kMostTokens), kQuantizedTokens) * kQuantizedTokens * kStripRows;
 }
 
-void int8_matmul(const StripView& weight, int64_t strip, const QuantizedRows& x, int64_t num_tokens, float* out,
-                 int64_t out_stride, float* scratch) {
-    const int64_t num_rows = min(kStripRows, weight.rows - strip * kStripRows);
-    const std::byte* data = weight.data + strip * strip_bytes(weight.type, weight.cols);
+void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
+                 int64_t num_tokens, float* out, int64_t out_stride, float* scratch) {
+    if (num_tokens == 1 && weight.type == WeightType::kInt8G128)
+        return multiply_token_strips<MatvecInt8G128>(weight, first_strip, num_strips, x, out);
+    if (num_tokens == 1 && weight.type == WeightType::kInt4G32)
+        return multiply_token_strips<MatvecInt4G32>(weight, first_strip, num_strips, x, out);
     const int64_t num_buffers = num_tokens > kTokensAtOnce ? kChunkGroups : 1;
     const Scratch parts{reinterpret_cast<GroupBuffer*>(scratch),
                         scratch + num_buffers * static_cast<int64_t>(sizeof(GroupBuffer) / sizeof(float))};
-    for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
-        const int64_t count = min(kMostTokens, num_tokens - first);
-        with_strips(weight.type,
-                    [&]<typename Strips>() { multiply_strip<Strips>(data, weight.cols, x, first, count, parts); });
-        for (int64_t t = 0; t < count; ++t)
-            std::memcpy(out + (first + t) * out_stride, parts.sums + t * kStripRows,
-                        static_cast<std::size_t>(num_rows) * sizeof(float));
+    for (int64_t strip = first_strip; strip < first_strip + num_strips; ++strip, out += kStripRows) {
+        const std::byte* data = weight.data + strip * strip_bytes(weight.type, weight.cols);
+        const int64_t num_rows = min(kStripRows, weight.rows - strip * kStripRows);
+        for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
+            const int64_t count = min(kMostTokens, num_tokens - first);
+            with_strips(weight.type,
+                        [&]<typename Strips>() { multiply_strip<Strips>(data, weight.cols, x, first, count, parts); });
+            for (int64_t t = 0; t < count; ++t)
+                std::memcpy(out + (first + t) * out_stride, parts.sums + t * kStripRows,
+                            static_cast<std::size_t>(num_rows) * sizeof(float));
+        }
     }
 }
 

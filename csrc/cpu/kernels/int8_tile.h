@@ -46,7 +46,16 @@ inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store_int32s(int32_t* p, Int32s a) { _mm512_storeu_si512(p, a); }
 template <int32_t>
 inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
-    return _mm512_dpbusd_epi32(sums, codes, x);
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(x));  // gcc copies the sums around the intrinsic
+    return sums;
+}
+constexpr bool kRoomForWideCodes = true;  // products of codes above 128 keep all their bits
+inline Bytes and_bytes(Bytes a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask))); }
+inline Bytes shift_right_4(Bytes a) { return _mm512_srli_epi32(a, 4); }
+inline Int32s shift_right_signed(Int32s a, int count) { return _mm512_srai_epi32(a, static_cast<unsigned>(count)); }
+// a * factor, both of 16 bits.
+inline Int32s multiply_small(Int32s a, Int32s factor) {
+    return _mm512_madd_epi16(a, _mm512_and_si512(factor, _mm512_set1_epi32(0xffff)));
 }
 
 // Written out: gcc 12 keeps half of the sums on the stack and copies around every product. zmm0 to 23 are the sums,
@@ -152,6 +161,12 @@ using Bytes = __m256i;
 inline Int32s spread(const void* p) { return _mm256_set1_epi32(load_as<int32_t>(static_cast<const std::byte*>(p))); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline void store_int32s(int32_t* p, Int32s a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+inline Bytes and_bytes(Bytes a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask))); }
+inline Bytes shift_right_4(Bytes a) { return _mm256_srli_epi32(a, 4); }
+inline Int32s shift_right_signed(Int32s a, int count) { return _mm256_srai_epi32(a, count); }
+inline Int32s multiply_small(Int32s a, Int32s factor) {
+    return _mm256_madd_epi16(a, _mm256_and_si256(factor, _mm256_set1_epi32(0xffff)));
+}
 
 #if defined(__AVXVNNI__)
 template <int32_t kZero>
@@ -161,7 +176,9 @@ inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(codes), "x"(x));
     return sums;
 }
+constexpr bool kRoomForWideCodes = true;
 #else
+constexpr bool kRoomForWideCodes = false;
 // Pairs of products are summed in 16 bits. Codes of 8 bits could overflow that: they are centred, and the sign moves
 // from the weight to the activation.
 template <int32_t kZero>
@@ -188,6 +205,11 @@ using Bytes = uint32_t;
 inline Int32s spread(const void* p) { return load_as<int32_t>(static_cast<const std::byte*>(p)); }
 inline Bytes load_bytes(const uint8_t* p) { return load_as<uint32_t>(reinterpret_cast<const std::byte*>(p)); }
 inline void store_int32s(int32_t* p, Int32s a) { *p = a; }
+constexpr bool kRoomForWideCodes = true;
+inline Bytes and_bytes(Bytes a, int mask) { return a & static_cast<Bytes>(mask) * 0x01010101u; }
+inline Bytes shift_right_4(Bytes a) { return a >> 4; }
+inline Int32s shift_right_signed(Int32s a, int count) { return a >> count; }
+inline Int32s multiply_small(Int32s a, Int32s factor) { return a * factor; }
 template <int32_t>
 inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
     for (int shift = 0; shift < 32; shift += 8)
