@@ -85,66 +85,72 @@ struct MatvecInt4G32 {
     static Bytes upper(Bytes nibbles) {
         return kRoomForWideCodes ? and_bytes(nibbles, 0xf0) : and_bytes(shift_right_4(nibbles), 0x0f);
     }
-    static Int32s settle(Int32s sums, int v) { return v % 2 == 0 ? sums : shift_right_signed(sums, kUpperShift); }
 
+    // What the sums of a part start from, so that they count nibbles from 8; digits: the sum of its activations.
     static void start(int32_t digits, Int32s (&sums)[kRowVectors]) {
         const int32_t of_lower = -8 * digits, of_upper = of_lower * (1 << kUpperShift);
         for (int v = 0; v < kRowVectors; ++v) sums[v] = spread(v % 2 == 0 ? &of_lower : &of_upper);
     }
 
-    static Int32s factor(const Block& block, int64_t pass, int v, int64_t part) {
-        const I32 packed = load_u8(reinterpret_cast<const std::byte*>(block.factors[part / 2] + row(pass, v)));
-        return add(bit_and(shift_right(packed, static_cast<int>(part % 2 * 4)), 15), -8).v;
+    static void add_step(const uint8_t* nibbles, Bytes columns, Int32s (&sums)[kRowVectors]) {
+        GEMMA2_FAST_UNROLL
+        for (int v = 0; v < kRowVectors; v += 2, nibbles += kLanes * 4) {
+            const Bytes both = load_bytes(nibbles);
+            sums[v] = add_products<8>(sums[v], lower(both), columns);
+            sums[v + 1] = add_products<8>(sums[v + 1], upper(both), columns);
+        }
+    }
+
+    // totals += first * (a factor) + second * (the next one), the factors of parts 2 * pair and 2 * pair + 1.
+    static void add_factored(const Block& block, int64_t pass, int64_t pair, const Int32s (&first)[kRowVectors],
+                             const Int32s (&second)[kRowVectors], Int32s (&totals)[kRowVectors]) {
+        GEMMA2_FAST_UNROLL
+        for (int v = 0; v < kRowVectors; ++v) {
+            const I32 packed = load_u8(reinterpret_cast<const std::byte*>(block.factors[pair] + row(pass, v)));
+            const I32 apart = bit_and(bit_or(packed, shift_left(packed, 12)), 0x000f000f);
+            const Int32s factors = pair_minus(apart.v, 8);
+            const int shift = v % 2 == 0 ? 0 : kUpperShift;
+            totals[v] = add_pair_products(totals[v], pair_of(first[v], second[v], shift), factors);
+        }
     }
 
     template <int kStrips>
     static void multiply(const Block* const (&blocks)[kStrips], int64_t pass, const MatvecGroup& x,
                          Totals<kStrips>& totals) {
         const int64_t offset = byte_row(pass, 0) * 4;
-        for (int64_t part = 0; part < 4; ++part) {
-            Totals<kStrips> sums;
-            for (auto& strip : sums) start(x.part_sums[2 * part] + x.part_sums[2 * part + 1], strip);
+        for (int64_t pair = 0; pair < 2; ++pair) {
+            Totals<kStrips> sums[2];
             GEMMA2_FAST_UNROLL
-            for (int64_t step = part * 8; step < part * 8 + 8; ++step) {
-                const Bytes columns = spread(x.codes + step * 4);
+            for (int64_t i = 0; i < 2; ++i) {
+                const int64_t part = 2 * pair + i;
+                for (auto& strip : sums[i]) start(x.part_sums[2 * part] + x.part_sums[2 * part + 1], strip);
                 GEMMA2_FAST_UNROLL
-                for (int s = 0; s < kStrips; ++s) {
-                    const uint8_t* nibbles = &blocks[s]->nibbles[step][0][0][0] + offset;
+                for (int64_t step = part * 8; step < part * 8 + 8; ++step) {
+                    const Bytes columns = spread(x.codes + step * 4);
                     GEMMA2_FAST_UNROLL
-                    for (int v = 0; v < kRowVectors; v += 2, nibbles += kLanes * 4) {
-                        fetch_near(nibbles);
-                        const Bytes both = load_bytes(nibbles);
-                        sums[s][v] = add_products<8>(sums[s][v], lower(both), columns);
-                        sums[s][v + 1] = add_products<8>(sums[s][v + 1], upper(both), columns);
+                    for (int s = 0; s < kStrips; ++s) {
+                        const uint8_t* nibbles = &blocks[s]->nibbles[step][0][0][0] + offset;
+                        GEMMA2_FAST_UNROLL
+                        for (int v = 0; v < kRowVectors; v += 2) fetch_near(nibbles + v / 2 * kLanes * 4);
+                        add_step(nibbles, columns, sums[i][s]);
                     }
                 }
             }
             GEMMA2_FAST_UNROLL
-            for (int s = 0; s < kStrips; ++s) {
-                GEMMA2_FAST_UNROLL
-                for (int v = 0; v < kRowVectors; ++v) {
-                    const Int32s scaled = multiply_small(settle(sums[s][v], v), factor(*blocks[s], pass, v, part));
-                    totals[s][v] = part == 0 ? scaled : add(I32{totals[s][v]}, I32{scaled}).v;
-                }
-            }
+            for (int s = 0; s < kStrips; ++s) add_factored(*blocks[s], pass, pair, sums[0][s], sums[1][s], totals[s]);
         }
     }
 
     static void add_outlier(const Block& block, int64_t pass, const Outliers& outliers, int index,
                             Int32s (&sums)[kRowVectors]) {
-        const int64_t step = outliers.step[index];
-        const uint8_t* nibbles = &block.nibbles[step][0][0][0] + byte_row(pass, 0) * 4;
-        const Bytes columns = spread(outliers.upper[index]);
-        Int32s products[kRowVectors];
+        const int64_t step = outliers.step[index], part = step / 8;
+        Int32s products[kRowVectors], none[kRowVectors] = {};
         start(outliers.digit[index], products);
-        for (int v = 0; v < kRowVectors; v += 2, nibbles += kLanes * 4) {
-            const Bytes both = load_bytes(nibbles);
-            products[v] = add_products<8>(products[v], lower(both), columns);
-            products[v + 1] = add_products<8>(products[v + 1], upper(both), columns);
-        }
-        for (int v = 0; v < kRowVectors; ++v)
-            sums[v] =
-                add(I32{sums[v]}, I32{multiply_small(settle(products[v], v), factor(block, pass, v, step / 8))}).v;
+        add_step(&block.nibbles[step][0][0][0] + byte_row(pass, 0) * 4, spread(outliers.upper[index]), products);
+        if (part % 2 == 0)
+            add_factored(block, pass, part / 2, products, none, sums);
+        else
+            add_factored(block, pass, part / 2, none, products, sums);
     }
 };
 

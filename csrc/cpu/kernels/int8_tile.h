@@ -52,11 +52,13 @@ inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
 constexpr bool kRoomForWideCodes = true;  // products of codes above 128 keep all their bits
 inline Bytes and_bytes(Bytes a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline Bytes shift_right_4(Bytes a) { return _mm512_srli_epi32(a, 4); }
-inline Int32s shift_right_signed(Int32s a, int count) { return _mm512_srai_epi32(a, static_cast<unsigned>(count)); }
-// a * factor, both of 16 bits.
-inline Int32s multiply_small(Int32s a, Int32s factor) {
-    return _mm512_madd_epi16(a, _mm512_and_si512(factor, _mm512_set1_epi32(0xffff)));
+// Lanes of two 16-bit numbers: a / 2^shift and b / 2^shift, which both fit; sums + their products, added up.
+inline Int32s pair_of(Int32s a, Int32s b, int shift) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, static_cast<unsigned>(shift)),
+                                   _mm512_slli_epi32(b, static_cast<unsigned>(16 - shift)));
 }
+inline Int32s pair_minus(Int32s a, int16_t b) { return _mm512_sub_epi16(a, _mm512_set1_epi16(b)); }
+inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) { return _mm512_dpwssd_epi32(sums, a, b); }
 
 // Written out: gcc 12 keeps half of the sums on the stack and copies around every product. zmm0 to 23 are the sums,
 // four a token; zmm24 to 27 the codes of four columns and 64 rows; zmm28 four columns of a token.
@@ -163,9 +165,12 @@ inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpre
 inline void store_int32s(int32_t* p, Int32s a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline Bytes and_bytes(Bytes a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask))); }
 inline Bytes shift_right_4(Bytes a) { return _mm256_srli_epi32(a, 4); }
-inline Int32s shift_right_signed(Int32s a, int count) { return _mm256_srai_epi32(a, count); }
-inline Int32s multiply_small(Int32s a, Int32s factor) {
-    return _mm256_madd_epi16(a, _mm256_and_si256(factor, _mm256_set1_epi32(0xffff)));
+inline Int32s pair_of(Int32s a, Int32s b, int shift) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(a, shift), _mm256_slli_epi32(b, 16 - shift), 0xaa);
+}
+inline Int32s pair_minus(Int32s a, int16_t b) { return _mm256_sub_epi16(a, _mm256_set1_epi16(b)); }
+inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
 }
 
 #if defined(__AVXVNNI__)
@@ -208,8 +213,11 @@ inline void store_int32s(int32_t* p, Int32s a) { *p = a; }
 constexpr bool kRoomForWideCodes = true;
 inline Bytes and_bytes(Bytes a, int mask) { return a & static_cast<Bytes>(mask) * 0x01010101u; }
 inline Bytes shift_right_4(Bytes a) { return a >> 4; }
-inline Int32s shift_right_signed(Int32s a, int count) { return a >> count; }
-inline Int32s multiply_small(Int32s a, Int32s factor) { return a * factor; }
+inline Int32s pair_of(Int32s a, Int32s b, int shift) { return (a >> shift & 0xffff) | b >> shift << 16; }
+inline Int32s pair_minus(Int32s a, int16_t b) { return pair_of(a - b, (a >> 16) - b, 0); }
+inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) {
+    return sums + static_cast<int16_t>(a) * static_cast<int16_t>(b) + (a >> 16) * (b >> 16);
+}
 template <int32_t>
 inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
     for (int shift = 0; shift < 32; shift += 8)
