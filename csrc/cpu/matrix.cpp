@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "base/huge_pages.h"
+
 namespace gemma2_fast {
 
 Matrix load_matrix(const ModelWeights& weights, const std::string& name, int64_t rows, int64_t cols,
@@ -18,6 +20,7 @@ Matrix load_matrix(const ModelWeights& weights, const std::string& name, int64_t
 
     const int64_t bytes = strip_bytes(stored.type, cols);
     matrix.own_strips = AlignedBuffer<std::byte>(static_cast<std::size_t>(strips.num_strips() * bytes));
+    prefer_huge_pages(matrix.own_strips.data(), matrix.own_strips.size());
     strips.data = matrix.own_strips.data();
     threads.parallel_for(strips.num_strips(), [&](int64_t strip, int) {
         std::byte* out = matrix.own_strips.data() + strip * bytes;

@@ -16,13 +16,14 @@ constexpr int64_t kTokensAtOnce = 48;
 constexpr int64_t kChunkGroups = 16;
 // Sums of all tokens wait in a second-level cache between chunks; what has more reads the weights again.
 constexpr int64_t kMostTokens = 512;
+constexpr int64_t kMostStrips = 4;
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 struct Scratch {
     GroupBuffer* groups;  // [kChunkGroups]
-    float* sums;          // [kMostTokens][64]
+    float* sums;          // [strips][tokens][64]
 };
 
 TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token, float* sums) {
@@ -36,6 +37,8 @@ TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token, flo
             .out = sums,
             .first = group == 0};
 }
+
+int64_t padded(int64_t num_tokens) { return divide_up(num_tokens, kQuantizedTokens) * kQuantizedTokens; }
 
 // Tokens [first, first + count) with one group; sums are those of the first of them.
 template <typename Strips>
@@ -52,42 +55,47 @@ void multiply_group(const Group& group, int64_t group_index, const QuantizedRows
     }
 }
 
+// Tokens [first, first + count) with groups [begin, end).
 template <typename Strips>
-void multiply_strip(const std::byte* strip, int64_t cols, const QuantizedRows& x, int64_t first, int64_t count,
-                    const Scratch& scratch) {
+void multiply_block(const Group* groups, int64_t begin, int64_t end, const QuantizedRows& x, int64_t first,
+                    int64_t count, bool fetches, float* sums) {
+    int64_t done = 0;
+#if defined(__AMX_INT8__)
+    done = count % kUnitTokens < kFewestAmxTokens ? count / kUnitTokens * kUnitTokens : count;
+    if (done > 0)
+        multiply_groups_by_tiles<Strips>(groups, end - begin, done,
+                                         [&](int64_t g) { return tile_tokens(x, begin + g, first, sums); });
+#endif
+    for (int64_t g = begin; done < count && g < end; ++g)
+        multiply_group<Strips>(groups[g - begin], g, x, first + done, count - done, fetches, sums + done * kStripRows);
+}
+
+// All groups of some strips: sums[i] are those of strip i. Strips share the passes over x, which is larger than them.
+template <typename Strips>
+void multiply_strips(const std::byte* strips, int64_t num_strips, int64_t strip_bytes, int64_t cols,
+                     const QuantizedRows& x, int64_t first, int64_t count, const Scratch& scratch) {
 #if defined(__AMX_INT8__)
     const AmxTiles tiles(kGroupCols / Strips::kParts);
 #endif
     const int64_t num_groups = divide_up(cols, kGroupCols);
     const int64_t chunk_groups = count > kTokensAtOnce ? kChunkGroups : 1;
-    for (int64_t chunk = 0; chunk < num_groups; chunk += chunk_groups) {
-        const int64_t chunk_end = min(chunk + chunk_groups, num_groups);
-        Group groups[kChunkGroups];
-        for (int64_t g = chunk; g < chunk_end; ++g)
-            groups[g - chunk] = Strips::unpack(strip, g, cols, scratch.groups[g - chunk]);
-        for (int64_t block = 0; block < count; block += kTokensAtOnce) {
-            const int64_t block_count = min(kTokensAtOnce, count - block);
-            int64_t done = 0;
-            float* sums = scratch.sums + block * kStripRows;
-#if defined(__AMX_INT8__)
-            done = block_count % kUnitTokens < kFewestAmxTokens ? block_count / kUnitTokens * kUnitTokens : block_count;
-            if (done > 0)
-                multiply_groups_by_tiles<Strips>(groups, chunk_end - chunk, done, [&](int64_t g) {
-                    return tile_tokens(x, chunk + g, first + block, sums);
-                });
-#endif
-            for (int64_t g = chunk; done < block_count && g < chunk_end; ++g)
-                multiply_group<Strips>(groups[g - chunk], g, x, first + block + done, block_count - done, block == 0,
-                                       sums + done * kStripRows);
+    for (int64_t chunk = 0; chunk < num_groups; chunk += chunk_groups)
+        for (int64_t strip = 0; strip < num_strips; ++strip) {
+            const int64_t chunk_end = min(chunk + chunk_groups, num_groups);
+            Group groups[kChunkGroups];
+            for (int64_t g = chunk; g < chunk_end; ++g)
+                groups[g - chunk] = Strips::unpack(strips + strip * strip_bytes, g, cols, scratch.groups[g - chunk]);
+            for (int64_t block = 0; block < count; block += kTokensAtOnce)
+                multiply_block<Strips>(groups, chunk, chunk_end, x, first + block, min(kTokensAtOnce, count - block),
+                                       block == 0, scratch.sums + (strip * padded(count) + block) * kStripRows);
         }
-    }
 }
 
 template <typename Matvec>
 void multiply_token_strips(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
                            float* out) {
     const int64_t bytes = strip_bytes(weight.type, weight.cols), num_groups = divide_up(weight.cols, kGroupCols);
-    for (int64_t done = 0; done < num_strips;) {
+    for (int64_t done = 0; done < num_strips; done += kMostMatvecStrips) {
         const std::byte* strips = weight.data + (first_strip + done) * bytes;
         const int64_t count = min(kMostMatvecStrips, num_strips - done);
         float* rows = out + done * kStripRows;
@@ -99,7 +107,6 @@ void multiply_token_strips(const StripView& weight, int64_t first_strip, int64_t
         else
             multiply_token<Matvec, kMostMatvecStrips>(strips, bytes, num_groups, x, results);
         if (results == whole) std::memcpy(rows, whole, static_cast<std::size_t>(num_rows) * sizeof(float));
-        done += count;
     }
 }
 
@@ -108,7 +115,7 @@ void multiply_token_strips(const StripView& weight, int64_t first_strip, int64_t
 int64_t int8_matmul_scratch_floats(int64_t num_tokens) {
     constexpr int64_t kGroupFloats = sizeof(GroupBuffer) / sizeof(float);
     return (num_tokens > kTokensAtOnce ? kChunkGroups : 1) * kGroupFloats +
-           divide_up(min(num_tokens, kMostTokens), kQuantizedTokens) * kQuantizedTokens * kStripRows;
+           kMostStrips * padded(min(num_tokens, kMostTokens)) * kStripRows;
 }
 
 void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
@@ -120,16 +127,22 @@ void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strip
     const int64_t num_buffers = num_tokens > kTokensAtOnce ? kChunkGroups : 1;
     const Scratch parts{reinterpret_cast<GroupBuffer*>(scratch),
                         scratch + num_buffers * static_cast<int64_t>(sizeof(GroupBuffer) / sizeof(float))};
-    for (int64_t strip = first_strip; strip < first_strip + num_strips; ++strip, out += kStripRows) {
-        const std::byte* data = weight.data + strip * strip_bytes(weight.type, weight.cols);
-        const int64_t num_rows = min(kStripRows, weight.rows - strip * kStripRows);
+    const int64_t bytes = strip_bytes(weight.type, weight.cols), end = first_strip + num_strips;
+    for (int64_t begin = first_strip; begin < end; begin += kMostStrips, out += kMostStrips * kStripRows) {
+        const int64_t strips = min(kMostStrips, end - begin);
         for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
             const int64_t count = min(kMostTokens, num_tokens - first);
-            with_strips(weight.type,
-                        [&]<typename Strips>() { multiply_strip<Strips>(data, weight.cols, x, first, count, parts); });
-            for (int64_t t = 0; t < count; ++t)
-                std::memcpy(out + (first + t) * out_stride, parts.sums + t * kStripRows,
-                            static_cast<std::size_t>(num_rows) * sizeof(float));
+            with_strips(weight.type, [&]<typename Strips>() {
+                multiply_strips<Strips>(weight.data + begin * bytes, strips, bytes, weight.cols, x, first, count,
+                                        parts);
+            });
+            for (int64_t strip = 0; strip < strips; ++strip) {
+                const int64_t num_rows = min(kStripRows, weight.rows - (begin + strip) * kStripRows);
+                const float* sums = parts.sums + strip * padded(count) * kStripRows;
+                for (int64_t t = 0; t < count; ++t)
+                    std::memcpy(out + (first + t) * out_stride + strip * kStripRows, sums + t * kStripRows,
+                                static_cast<std::size_t>(num_rows) * sizeof(float));
+            }
         }
     }
 }
