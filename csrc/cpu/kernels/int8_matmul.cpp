@@ -40,54 +40,64 @@ TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token, flo
 
 int64_t padded(int64_t num_tokens) { return divide_up(num_tokens, kQuantizedTokens) * kQuantizedTokens; }
 
-// Tokens [first, first + count) with one group; sums are those of the first of them.
-template <typename Strips>
-void multiply_group(const Group& group, int64_t group_index, const QuantizedRows& x, int64_t first, int64_t count,
-                    bool fetches, float* sums) {
-    const int64_t num_tiles = divide_up(count, kTileTokens);
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-        const int64_t begin = count * tile / num_tiles, end = count * (tile + 1) / num_tiles;
-        const TileTokens tokens = tile_tokens(x, group_index, first + begin, sums + begin * kStripRows);
-        if (fetches && tile == 0)
-            run_int8_tile<Strips, Strips::kInPlace>(end - begin, group, tokens);
-        else
-            run_int8_tile<Strips, false>(end - begin, group, tokens);
-    }
-}
-
-// Tokens [first, first + count) with groups [begin, end).
-template <typename Strips>
+// Tokens [first, first + count) with groups [begin, end). Weights that come later are fetched little by little:
+// `fetch`, or, of a block that reads its weights for the first time and needs them soon, what is just ahead.
+template <typename Strips, bool kFetchesAhead>
 void multiply_block(const Group* groups, int64_t begin, int64_t end, const QuantizedRows& x, int64_t first,
-                    int64_t count, bool fetches, float* sums) {
+                    int64_t count, Fetch fetch, float* sums) {
     int64_t done = 0;
 #if defined(__AMX_INT8__)
     done = count % kUnitTokens < kFewestAmxTokens ? count / kUnitTokens * kUnitTokens : count;
     if (done > 0)
-        multiply_groups_by_tiles<Strips>(groups, end - begin, done,
-                                         [&](int64_t g) { return tile_tokens(x, begin + g, first, sums); });
+        multiply_groups_by_tiles<Strips>(
+            groups, end - begin, done, [&](int64_t g) { return tile_tokens(x, begin + g, first, sums); }, fetch);
+    if (done >= count) return;
 #endif
-    for (int64_t g = begin; done < count && g < end; ++g)
-        multiply_group<Strips>(groups[g - begin], g, x, first + done, count - done, fetches, sums + done * kStripRows);
+    const int64_t rest = count - done, num_tiles = divide_up(rest, kTileTokens);
+    fetch.split(num_tiles * (end - begin));
+    for (int64_t g = begin; g < end; ++g)
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            const int64_t from = done + rest * tile / num_tiles, to = done + rest * (tile + 1) / num_tiles;
+            const TileTokens tokens = tile_tokens(x, g, first + from, sums + from * kStripRows);
+            fetch.next();
+            if (kFetchesAhead && Strips::kInPlace && tile == 0)
+                run_int8_tile<Strips, Strips::kInPlace>(to - from, groups[g - begin], tokens);
+            else
+                run_int8_tile<Strips, false>(to - from, groups[g - begin], tokens);
+        }
 }
 
-// All groups of some strips: sums[i] are those of strip i. Strips share the passes over x, which is larger than them.
+// All groups of some strips: sums[i] are those of strip i. Strips share the passes over x, which is larger than they.
 template <typename Strips>
 void multiply_strips(const std::byte* strips, int64_t num_strips, int64_t strip_bytes, int64_t cols,
                      const QuantizedRows& x, int64_t first, int64_t count, const Scratch& scratch) {
 #if defined(__AMX_INT8__)
     const AmxTiles tiles(kGroupCols / Strips::kParts);
 #endif
-    const int64_t num_groups = divide_up(cols, kGroupCols);
-    const int64_t chunk_groups = count > kTokensAtOnce ? kChunkGroups : 1;
+    const int64_t num_groups = divide_up(cols, kGroupCols), num_blocks = divide_up(count, kTokensAtOnce);
+    const int64_t chunk_groups = num_blocks > 1 ? kChunkGroups : 1, group_bytes = strip_bytes / num_groups;
     for (int64_t chunk = 0; chunk < num_groups; chunk += chunk_groups)
         for (int64_t strip = 0; strip < num_strips; ++strip) {
             const int64_t chunk_end = min(chunk + chunk_groups, num_groups);
+            const std::byte* weights = strips + strip * strip_bytes;
+            float* sums = scratch.sums + strip * padded(count) * kStripRows;
             Group groups[kChunkGroups];
             for (int64_t g = chunk; g < chunk_end; ++g)
-                groups[g - chunk] = Strips::unpack(strips + strip * strip_bytes, g, cols, scratch.groups[g - chunk]);
+                groups[g - chunk] = Strips::unpack(weights, g, cols, scratch.groups[g - chunk]);
+            if (num_blocks == 1) {
+                multiply_block<Strips, true>(groups, chunk, chunk_end, x, first, count, {}, sums);
+                continue;
+            }
+            const bool last_strip = strip + 1 == num_strips, last_chunk = chunk_end == num_groups;
+            const std::byte* later = !last_strip  ? weights + strip_bytes + chunk * group_bytes
+                                     : last_chunk ? strips + num_strips * strip_bytes
+                                                  : strips + chunk_end * group_bytes;
+            Fetch fetch{later, (chunk_end - chunk) * group_bytes};
+            fetch.split(num_blocks);
             for (int64_t block = 0; block < count; block += kTokensAtOnce)
-                multiply_block<Strips>(groups, chunk, chunk_end, x, first + block, min(kTokensAtOnce, count - block),
-                                       block == 0, scratch.sums + (strip * padded(count) + block) * kStripRows);
+                multiply_block<Strips, false>(groups, chunk, chunk_end, x, first + block,
+                                              min(kTokensAtOnce, count - block), fetch.take(),
+                                              sums + block * kStripRows);
         }
 }
 

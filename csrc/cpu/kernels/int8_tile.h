@@ -21,6 +21,24 @@ struct TileTokens {
     bool first;                   // nothing has been summed yet
 };
 
+// Memory that is asked for in equal steps. It need not exist.
+struct Fetch {
+    const std::byte* from = nullptr;
+    int64_t bytes = 0, step_bytes = 0;
+
+    void split(int64_t num_steps) { step_bytes = ((bytes + num_steps - 1) / num_steps + 63) / 64 * 64; }
+    Fetch take() {
+        const Fetch taken{from, step_bytes < bytes ? step_bytes : bytes};
+        from += taken.bytes;
+        bytes -= taken.bytes;
+        return taken;
+    }
+    void next() {
+        const Fetch taken = take();
+        for (int64_t i = 0; i < taken.bytes; i += 64) __builtin_prefetch(taken.from + i, 0, 2);
+    }
+};
+
 // The sum of the activations that meet one part: outliers whole where it is the only one, else without their upper
 // digits.
 template <int64_t kParts>

@@ -115,16 +115,18 @@ inline __attribute__((always_inline)) void add_slice(const UnitTokens<Strips>& u
 // stores have settled.
 template <typename Strips, typename TokensOf>
 __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int64_t num_groups, int64_t num_tokens,
-                                                        TokensOf tokens_of) {
+                                                        TokensOf tokens_of, Fetch fetch) {
     constexpr int64_t kSlices = 4 * kUnitSteps<Strips>, kSliceTokens = kUnitTokens / kSlices;
     constexpr int64_t kPartCols = kGroupCols / Strips::kParts;
     alignas(64) int32_t sums[2][kUnitTokens * kUnitRows];
     UnitTokens<Strips> unit_tokens;
     const int64_t token_units = (num_tokens + kUnitTokens - 1) / kUnitTokens;
     const int64_t num_units = num_groups * token_units * (kStripRows / kUnitRows) * Strips::kParts;
+    fetch.split(num_units);
     Unit multiplied, added;
     for (int64_t i = 0; i < num_units + 2; ++i) {
         int32_t* unit_sums = sums[i % 2];
+        fetch.next();
         const auto multiply = [&](auto between) __attribute__((always_inline)) {
             multiply_unit<Strips>(
                 groups[multiplied.group].codes + multiplied.part * kPartCols * kStripRows + multiplied.first_row * 4,
