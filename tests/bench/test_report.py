@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -14,9 +13,6 @@ from gemma2_fast.errors import BackendError
 from tests.bench import results
 
 KINDS = ("machine", "ops", "generate", "peers")
-needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="plots need matplotlib: pip install 'gemma2-fast[bench]'"
-)
 
 
 @pytest.fixture
@@ -65,7 +61,6 @@ def test_sections_follow_the_files() -> None:
     assert text.index("![roofline](roofline.png)") < text.index("Beside other engines") < text.index("Ceilings")
 
 
-@needs_matplotlib
 def test_plots(files: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["bench", "report", *files, "--out", str(out)]) == 0
@@ -75,7 +70,6 @@ def test_plots(files: list[str], tmp_path: Path) -> None:
     assert "![context](context.png)" in (out / "report.md").read_text()
 
 
-@needs_matplotlib
 def test_only_plots_with_figures_are_drawn(tmp_path: Path) -> None:
     assert plots.draw([results.machine()], tmp_path) == []
     assert plots.draw([results.ops()], tmp_path) == ["roofline.png"]
