@@ -174,9 +174,12 @@ class Ops {
     // Quantises x and multiplies; kernel_seconds counts the multiplication. Rows of other strips of a new `out` are
     // NaN.
     Floats int8_matmul(const std::string& format, const Bytes& strips, int64_t rows, const Floats& x,
-                       int64_t first_strip, std::optional<int64_t> end_strip, std::optional<Floats> given_out) {
+                       int64_t first_strip, std::optional<int64_t> end_strip, std::optional<Floats> given_out,
+                       int64_t strips_at_once) {
         require_dims(x, "x", 2);
         const int64_t num_tokens = x.shape(0), cols = x.shape(1);
+        require(1 <= strips_at_once && strips_at_once <= kMostStripsAtOnce, "strips_at_once",
+                "1 to " + std::to_string(kMostStripsAtOnce), std::to_string(strips_at_once));
         const WeightFormat& stored = weight_format(format);
         require(has_strips(stored.type), "format", "a quantised format", format);
         require(rows > 0 && (stored.block_rows > 1 || cols % stored.block_weights == 0), "weight shape",
@@ -202,11 +205,12 @@ class Ops {
         py::gil_scoped_release no_gil;
         kernels_.quantize_rows(activations, cols, num_tokens, cols, 0, 0, quantized);
         timed([&] {
-            threads_.parallel_for((end - first_strip + 1) / 2, [&](int64_t task, int thread) {
-                const int64_t strip = first_strip + 2 * task;
-                kernels_.int8_matmul(view, strip, std::min<int64_t>(2, end - strip), quantized, num_tokens,
-                                     result + strip * kStripRows, rows, scratch_.data() + thread * scratch_floats);
-            });
+            threads_.parallel_for(
+                (end - first_strip + strips_at_once - 1) / strips_at_once, [&](int64_t task, int thread) {
+                    const int64_t strip = first_strip + strips_at_once * task;
+                    kernels_.int8_matmul(view, strip, std::min(strips_at_once, end - strip), quantized, num_tokens,
+                                         result + strip * kStripRows, rows, scratch_.data() + thread * scratch_floats);
+                });
         });
         return out;
     }
@@ -386,7 +390,8 @@ void bind_ops(py::module_& module) {
                     py::arg("cols"))
         .def("quantize_rows", &Ops::quantize_rows, py::arg("x"))
         .def("int8_matmul", &Ops::int8_matmul, py::arg("format"), py::arg("strips"), py::arg("rows"), py::arg("x"),
-             py::arg("first_strip") = 0, py::arg("end_strip") = py::none(), py::arg("out") = py::none())
+             py::arg("first_strip") = 0, py::arg("end_strip") = py::none(), py::arg("out") = py::none(),
+             py::arg("strips_at_once") = 2)
         .def("rms_norm", &Ops::rms_norm, py::arg("x"), py::arg("gain"), py::arg("epsilon"))
         .def("rms_norm_add", &Ops::rms_norm_add, py::arg("x"), py::arg("gain"), py::arg("epsilon"), py::arg("residual"))
         .def("add", &Ops::add, py::arg("x"), py::arg("residual"))

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kHiddenPerTask = 128;  // MLP neurons claimed at once: a group of the quantised hidden rows
 constexpr int64_t kTokensPerTask = 8;    // tokens of an elementwise op claimed at once
 // Strips of a matrix are claimed several at once, which saves reads, where each thread still finds so many tasks.
-constexpr int64_t kMostStripsAtOnce = 4, kTasksPerThread = 6;
+constexpr int64_t kTasksPerThread = 6;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -59,7 +59,7 @@ class CpuStep final : public ModelStep {
 
     // One parallel region over the strips of all jobs.
     void matmul(const Input& input, std::initializer_list<MatmulJob> jobs);
-    // Rows of one strip for every token: out[t * out_stride] is the first.
+    // Rows of some strips for every token: out[t * out_stride] is the first.
     void matmul_strips(const Matrix& weight, int64_t first_strip, int64_t num_strips, const Input& input, float* out,
                        int64_t out_stride, int thread_index);
     void add_branch(const std::optional<Gain>& gain, int64_t num_tokens);  // residual_ += norm(branch_)

@@ -48,6 +48,7 @@ inline constexpr int64_t kQuantizedCols = 128;  // columns that share an activat
 // token_stride is the number of tokens; beyond so many, the next multiple of kQuantizedTokens, which tiles read whole.
 inline constexpr int64_t kMostUnpaddedTokens = 8;
 inline constexpr int64_t kQuantizedTokens = 32;
+inline constexpr int64_t kMostStripsAtOnce = 4;  // of one int8_matmul
 
 // The largest two of a group's values, where they need more than eight bits: the four columns from 4 * step on get
 // 128 * upper added to their codes. One of each four is `digit`, the others are zero.
@@ -91,10 +92,9 @@ struct Kernels {
     // NaN.
     void (*quantize_rows)(const float* x, int64_t x_stride, int64_t num_tokens, int64_t cols, int64_t first_token,
                           int64_t first_group, const QuantizedRows& out);
-    // out[t * out_stride + r] = sum_c weight[64 * first_strip + r, c] * x[t, c] for the strips' rows: int32 sums over
-    // the columns that share both scales, float32 sums over those. One token reads two strips faster than one and one.
-    // scratch: int8_matmul_scratch_floats(num_tokens) floats
-    // on a cache line, this thread's own.
+    // out[t * out_stride + r] = sum_c weight[64 * first_strip + r, c] * x[t, c] for the rows of up to kMostStripsAtOnce
+    // strips, which read memory better than one by one: int32 sums over the columns that share both scales, float32
+    // sums over those. scratch: int8_matmul_scratch_floats(num_tokens) floats on a cache line, this thread's own.
     void (*int8_matmul)(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
                         int64_t num_tokens, float* out, int64_t out_stride, float* scratch);
     int64_t (*int8_matmul_scratch_floats)(int64_t num_tokens);

@@ -324,8 +324,12 @@ class Ops:
         first_strip: int = 0,
         end_strip: int | None = None,
         out: NDArray[np.float32] | None = None,
+        strips_at_once: int = 2,
     ) -> NDArray[np.float32]:
-        """[T, rows] of x [T, cols], which is quantised first; rows of other strips are left as in `out`, or NaN."""
+        """[T, rows] of x [T, cols], which is quantised first; rows of other strips are left as in `out`, or NaN.
+
+        strips_at_once: 1 to 4, what a thread takes in one call of the kernel.
+        """
 
     def rms_norm(self, x: NDArray[np.float32], gain: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]: ...
     def rms_norm_add(

@@ -25,9 +25,9 @@ from tests.ops.stored_weights import (
 from tests.support.closeness import assert_close, assert_rejected
 
 QUANTISED = [name for name in FORMATS if name not in PLAIN_FORMATS]
-# A strip has 64 rows; a register tile 1 to 6 tokens, a matrix tile 16, a block 64; a pass 512.
+# A strip has 64 rows; a register tile 1 to 6 tokens, matrix units 32 from nine on, a block 48 or 64; a pass 512.
 ROWS = [1, 64, 67, 130]
-TOKENS = [*range(1, 20), 31, 63, 64, 65, 70, 129]
+TOKENS = [*range(1, 20), 31, 32, 33, 40, 41, 48, 49, 63, 64, 65, 70, 97, 129]
 PART_COLS = {"INT8_G128": 128, "INT4_G32": 128, "Q6_K": 16}  # columns that share a weight scale, where not 32
 
 
@@ -71,6 +71,8 @@ def make_case(name: str, rows: int, cols: int, num_tokens: int, seed: int = 0) -
     x = activations(num_tokens, cols, seed + 1)
     x[::2, 3 % cols] *= 50  # what takes more than eight bits, in one part of a group or in two
     x[::3, 30 % cols] *= -80
+    x[1::4, 70 % cols] *= 60
+    x[1::4, 100 % cols] *= 70
     return Case(name, rows, strips, tensor.to_float32().astype(np.float64), x)
 
 
@@ -137,6 +139,16 @@ def test_same_bits_on_all_vector_sets(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+def test_same_bits_however_many_strips_at_once(ops: _core.Ops, name: str, num_tokens: int) -> None:
+    case = make_case(name, 64 * 7 + 3, columns_of(name)[1], num_tokens)
+    alone = ops.int8_matmul(name, case.strips, case.rows, case.x, strips_at_once=1)
+    for count in (2, 3, 4):
+        together = ops.int8_matmul(name, case.strips, case.rows, case.x, strips_at_once=count)
+        np.testing.assert_array_equal(together, alone, err_msg=f"{count} strips")
+
+
+@pytest.mark.parametrize("name", QUANTISED)
 def test_threads_share_strips(name: str) -> None:
     case = make_case(name, 200, columns_of(name)[1], 3)
     np.testing.assert_array_equal(case.run(_core.Ops(num_threads=2)), case.run(_core.Ops(num_threads=1)))
@@ -187,5 +199,7 @@ def test_bad_input(ops: _core.Ops) -> None:
         ops.int8_matmul("BF16", case.strips, 64, case.x)
     with pytest.raises(RequestError, match="weight shape"):
         ops.int8_matmul("Q8_0", case.strips, 64, case.x[:, :33].copy())
+    with pytest.raises(RequestError, match="strips_at_once: expected 1 to 4, got 5"):
+        ops.int8_matmul("INT8_G128", case.strips, 64, case.x, strips_at_once=5)
     with pytest.raises(RequestError, match="first_strip"):
         ops.int8_matmul("INT8_G128", case.strips, 64, case.x, 1)

@@ -13,10 +13,9 @@ constexpr int64_t kTokensAtOnce = 64;
 constexpr int64_t kTokensAtOnce = 48;
 #endif
 // For more tokens than a block some groups are unpacked once for all; they stay in a second-level cache.
-constexpr int64_t kChunkGroups = 16;
+constexpr int64_t kChunkGroups = 6;
 // Sums of all tokens wait in a second-level cache between chunks; what has more reads the weights again.
 constexpr int64_t kMostTokens = 512;
-constexpr int64_t kMostStrips = 4;
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
@@ -26,7 +25,8 @@ struct Scratch {
     float* sums;          // [strips][tokens][64]
 };
 
-TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token, float* sums) {
+inline __attribute__((always_inline)) TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token,
+                                                             float* sums) {
     const int64_t place = group * x.token_stride + token;
     return {.codes = x.codes + place * kGroupCols,
             .outliers = x.outliers + place,
@@ -52,6 +52,7 @@ void multiply_block(const Group* groups, int64_t begin, int64_t end, const Quant
         multiply_groups_by_tiles<Strips>(
             groups, end - begin, done, [&](int64_t g) { return tile_tokens(x, begin + g, first, sums); }, fetch);
     if (done >= count) return;
+    if (done > 0) fetch = {};
 #endif
     const int64_t rest = count - done, num_tiles = divide_up(rest, kTileTokens);
     fetch.split(num_tiles * (end - begin));
@@ -125,7 +126,7 @@ void multiply_token_strips(const StripView& weight, int64_t first_strip, int64_t
 int64_t int8_matmul_scratch_floats(int64_t num_tokens) {
     constexpr int64_t kGroupFloats = sizeof(GroupBuffer) / sizeof(float);
     return (num_tokens > kTokensAtOnce ? kChunkGroups : 1) * kGroupFloats +
-           kMostStrips * padded(min(num_tokens, kMostTokens)) * kStripRows;
+           kMostStripsAtOnce * padded(min(num_tokens, kMostTokens)) * kStripRows;
 }
 
 void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
@@ -137,22 +138,19 @@ void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strip
     const int64_t num_buffers = num_tokens > kTokensAtOnce ? kChunkGroups : 1;
     const Scratch parts{reinterpret_cast<GroupBuffer*>(scratch),
                         scratch + num_buffers * static_cast<int64_t>(sizeof(GroupBuffer) / sizeof(float))};
-    const int64_t bytes = strip_bytes(weight.type, weight.cols), end = first_strip + num_strips;
-    for (int64_t begin = first_strip; begin < end; begin += kMostStrips, out += kMostStrips * kStripRows) {
-        const int64_t strips = min(kMostStrips, end - begin);
-        for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
-            const int64_t count = min(kMostTokens, num_tokens - first);
-            with_strips(weight.type, [&]<typename Strips>() {
-                multiply_strips<Strips>(weight.data + begin * bytes, strips, bytes, weight.cols, x, first, count,
-                                        parts);
-            });
-            for (int64_t strip = 0; strip < strips; ++strip) {
-                const int64_t num_rows = min(kStripRows, weight.rows - (begin + strip) * kStripRows);
-                const float* sums = parts.sums + strip * padded(count) * kStripRows;
-                for (int64_t t = 0; t < count; ++t)
-                    std::memcpy(out + (first + t) * out_stride + strip * kStripRows, sums + t * kStripRows,
-                                static_cast<std::size_t>(num_rows) * sizeof(float));
-            }
+    const int64_t bytes = strip_bytes(weight.type, weight.cols);
+    for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
+        const int64_t count = min(kMostTokens, num_tokens - first);
+        with_strips(weight.type, [&]<typename Strips>() {
+            multiply_strips<Strips>(weight.data + first_strip * bytes, num_strips, bytes, weight.cols, x, first, count,
+                                    parts);
+        });
+        for (int64_t strip = 0; strip < num_strips; ++strip) {
+            const int64_t num_rows = min(kStripRows, weight.rows - (first_strip + strip) * kStripRows);
+            const float* sums = parts.sums + strip * padded(count) * kStripRows;
+            for (int64_t t = 0; t < count; ++t)
+                std::memcpy(out + (first + t) * out_stride + strip * kStripRows, sums + t * kStripRows,
+                            static_cast<std::size_t>(num_rows) * sizeof(float));
         }
     }
 }

@@ -279,7 +279,7 @@ inline void multiply_codes(const uint8_t* codes, const int8_t* x, const int32_t*
 
 inline I32 load_int32s(const int32_t* p) { return {load_as<decltype(I32::v)>(reinterpret_cast<const std::byte*>(p))}; }
 
-inline TileTokens after(const TileTokens& tokens, int64_t count) {
+inline __attribute__((always_inline)) TileTokens after(const TileTokens& tokens, int64_t count) {
     return {.codes = tokens.codes + count * kGroupCols,
             .outliers = tokens.outliers + count,
             .has_outliers = tokens.has_outliers + count,
