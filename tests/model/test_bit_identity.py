@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -68,6 +69,19 @@ def test_chunks_threads_and_batches(format_and_set: tuple[str, str]) -> None:
     ):
         for prompt, got in zip(prompts(), pool.map(lambda p: bits(gen, p), prompts()), strict=True):
             assert got == alone[len(prompt)], f"{len(prompt)} tokens in a batch of 8"
+
+
+@pytest.mark.parametrize("format_name", ["BF16", "INT8_G128", "INT4_G32", "Q4_K"])
+def test_strips_at_once(format_name: str) -> None:
+    """A head of 25 strips is claimed by four with one thread, by two with two, one by one with five."""
+    spec = replace(quantisable_spec("gemma2"), vocab_size=1600)
+    weights = random_weights(spec, format_name)
+    ids = prompts()[-1]
+    results = []
+    for threads in (1, 2, 5):
+        with generator(spec, weights, max_logits_rows=256, num_threads=threads) as gen:
+            results.append((bits(gen, ids), bits(gen, ids[:1])))
+    assert results[1:] == results[:1] * 2
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
