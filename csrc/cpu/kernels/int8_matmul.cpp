@@ -6,9 +6,10 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
-// The sums of so many tokens stay in a first-level cache beside a group of weights.
+// The sums of kTokensAtOnce tokens stay in a first-level cache beside a group of weights. Fewer tokens than
+// kFewestAmxTokens are faster by vectors, which need not work for absent ones.
 #if defined(__AMX_INT8__)
-constexpr int64_t kTokensAtOnce = 64;
+constexpr int64_t kTokensAtOnce = 64, kFewestAmxTokens = kMostUnpaddedTokens + 1;
 #else
 constexpr int64_t kTokensAtOnce = 48;
 #endif
@@ -17,7 +18,6 @@ constexpr int64_t kChunkGroups = 6;
 // Sums of all tokens wait in a second-level cache between chunks; what has more reads the weights again.
 constexpr int64_t kMostTokens = 512;
 
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 struct Scratch {
@@ -34,31 +34,30 @@ inline __attribute__((always_inline)) TileTokens tile_tokens(const QuantizedRows
             .scales = x.scales + place,
             .sums = x.sums + place,
             .part_sums = x.part_sums + place * kMaxParts,
-            .out = sums,
-            .first = group == 0};
+            .out = sums};
 }
 
 int64_t padded(int64_t num_tokens) { return divide_up(num_tokens, kQuantizedTokens) * kQuantizedTokens; }
 
 // Tokens [first, first + count) with groups [begin, end). Weights that come later are fetched little by little:
 // `fetch`, or, of a block that reads its weights for the first time and needs them soon, what is just ahead.
-template <typename Strips, bool kFetchesAhead>
+template <typename Strips, bool kByTiles, bool kFetchesAhead>
 void multiply_block(const Group* groups, int64_t begin, int64_t end, const QuantizedRows& x, int64_t first,
                     int64_t count, Fetch fetch, float* sums) {
-    int64_t done = 0;
+    const int64_t num_sums = (kByTiles ? padded(count) : count) * kStripRows;
+    if (begin == 0) std::memset(sums, 0, static_cast<std::size_t>(num_sums) * sizeof(float));
+    if constexpr (kByTiles) {
 #if defined(__AMX_INT8__)
-    done = count % kUnitTokens < kFewestAmxTokens ? count / kUnitTokens * kUnitTokens : count;
-    if (done > 0)
         multiply_groups_by_tiles<Strips>(
-            groups, end - begin, done, [&](int64_t g) { return tile_tokens(x, begin + g, first, sums); }, fetch);
-    if (done >= count) return;
-    if (done > 0) fetch = {};
+            groups, end - begin, count, [&](int64_t g) { return tile_tokens(x, begin + g, first, sums); }, fetch);
 #endif
-    const int64_t rest = count - done, num_tiles = divide_up(rest, kTileTokens);
+        return;
+    }
+    const int64_t num_tiles = divide_up(count, kTileTokens);
     fetch.split(num_tiles * (end - begin));
     for (int64_t g = begin; g < end; ++g)
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
-            const int64_t from = done + rest * tile / num_tiles, to = done + rest * (tile + 1) / num_tiles;
+            const int64_t from = count * tile / num_tiles, to = count * (tile + 1) / num_tiles;
             const TileTokens tokens = tile_tokens(x, g, first + from, sums + from * kStripRows);
             fetch.next();
             if (kFetchesAhead && Strips::kInPlace && tile == 0)
@@ -69,12 +68,9 @@ void multiply_block(const Group* groups, int64_t begin, int64_t end, const Quant
 }
 
 // All groups of some strips: sums[i] are those of strip i. Strips share the passes over x, which is larger than they.
-template <typename Strips>
+template <typename Strips, bool kByTiles>
 void multiply_strips(const std::byte* strips, int64_t num_strips, int64_t strip_bytes, int64_t cols,
                      const QuantizedRows& x, int64_t first, int64_t count, const Scratch& scratch) {
-#if defined(__AMX_INT8__)
-    const AmxTiles tiles(kGroupCols / Strips::kParts);
-#endif
     const int64_t num_groups = divide_up(cols, kGroupCols), num_blocks = divide_up(count, kTokensAtOnce);
     const int64_t chunk_groups = num_blocks > 1 ? kChunkGroups : 1, group_bytes = strip_bytes / num_groups;
     for (int64_t chunk = 0; chunk < num_groups; chunk += chunk_groups)
@@ -83,10 +79,15 @@ void multiply_strips(const std::byte* strips, int64_t num_strips, int64_t strip_
             const std::byte* weights = strips + strip * strip_bytes;
             float* sums = scratch.sums + strip * padded(count) * kStripRows;
             Group groups[kChunkGroups];
-            for (int64_t g = chunk; g < chunk_end; ++g)
-                groups[g - chunk] = Strips::unpack(weights, g, cols, scratch.groups[g - chunk]);
+            for (int64_t g = chunk; g < chunk_end; ++g) {
+                GroupBuffer& buffer = scratch.groups[g - chunk];
+                groups[g - chunk] = Strips::unpack(weights, g, cols, buffer);
+#if defined(__AMX_INT8__)
+                if constexpr (kByTiles) groups[g - chunk] = centred<Strips>(groups[g - chunk], buffer);
+#endif
+            }
             if (num_blocks == 1) {
-                multiply_block<Strips, true>(groups, chunk, chunk_end, x, first, count, {}, sums);
+                multiply_block<Strips, kByTiles, true>(groups, chunk, chunk_end, x, first, count, {}, sums);
                 continue;
             }
             const bool last_strip = strip + 1 == num_strips, last_chunk = chunk_end == num_groups;
@@ -96,9 +97,9 @@ void multiply_strips(const std::byte* strips, int64_t num_strips, int64_t strip_
             Fetch fetch{later, (chunk_end - chunk) * group_bytes};
             fetch.split(num_blocks);
             for (int64_t block = 0; block < count; block += kTokensAtOnce)
-                multiply_block<Strips, false>(groups, chunk, chunk_end, x, first + block,
-                                              min(kTokensAtOnce, count - block), fetch.take(),
-                                              sums + block * kStripRows);
+                multiply_block<Strips, kByTiles, false>(groups, chunk, chunk_end, x, first + block,
+                                                        min(kTokensAtOnce, count - block), fetch.take(),
+                                                        sums + block * kStripRows);
         }
 }
 
@@ -142,8 +143,14 @@ void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strip
     for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
         const int64_t count = min(kMostTokens, num_tokens - first);
         with_strips(weight.type, [&]<typename Strips>() {
-            multiply_strips<Strips>(weight.data + first_strip * bytes, num_strips, bytes, weight.cols, x, first, count,
-                                    parts);
+            const std::byte* strips = weight.data + first_strip * bytes;
+#if defined(__AMX_INT8__)
+            if (num_tokens >= kFewestAmxTokens) {
+                const AmxTiles tiles(kGroupCols / Strips::kParts, kSumTiles);
+                return multiply_strips<Strips, true>(strips, num_strips, bytes, weight.cols, x, first, count, parts);
+            }
+#endif
+            multiply_strips<Strips, false>(strips, num_strips, bytes, weight.cols, x, first, count, parts);
         });
         for (int64_t strip = 0; strip < num_strips; ++strip) {
             const int64_t num_rows = min(kStripRows, weight.rows - (first_strip + strip) * kStripRows);

@@ -186,8 +186,9 @@ __attribute__((noinline)) void multiply_token(const std::byte* strips, int64_t s
             for (int s = 0; s < kStrips; ++s) {
                 GEMMA2_FAST_UNROLL
                 for (int v = 0; v < kRowVectors; ++v) {
-                    const F32 scale = mul(load_bf16(blocks[s]->scales + Matvec::row(pass, v)), broadcast(of_x.scale));
-                    results[s][v] = fma(to_float(I32{totals[s][v]}), scale, results[s][v]);
+                    const F32 scale = load_bf16(blocks[s]->scales + Matvec::row(pass, v));
+                    const F32 value = mul(to_float(I32{totals[s][v]}), scale);
+                    results[s][v] = fma(value, broadcast(of_x.scale), results[s][v]);
                 }
             }
         }

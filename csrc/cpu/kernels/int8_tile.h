@@ -9,6 +9,8 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Activations of consecutive tokens in one group of columns, and the sums that take the products.
 struct TileTokens {
     const int8_t* codes;          // [tokens][128]
@@ -17,8 +19,7 @@ struct TileTokens {
     const float* scales;          // [tokens]
     const int32_t* sums;          // [tokens], of code + 128 * upper
     const int32_t* part_sums;     // [tokens][8], of 16 codes each
-    float* out;                   // [tokens][64]
-    bool first;                   // nothing has been summed yet
+    float* out;                   // [tokens][64], added to
 };
 
 // Memory that is asked for in equal steps. It need not exist.
@@ -39,18 +40,30 @@ struct Fetch {
     }
 };
 
-// The sum of the activations that meet one part: outliers whole where it is the only one, else without their upper
-// digits.
+// The sum of the activations that meet one part.
 template <int64_t kParts>
 inline int32_t code_sum(const TileTokens& tokens, int64_t token, int64_t part) {
     if constexpr (kParts == 1) return tokens.sums[token];
-    const int32_t* sums = tokens.part_sums + token * 8;
-    if constexpr (kParts == 4) return sums[2 * part] + sums[2 * part + 1];
-    return sums[part];
+    const int32_t* sums = tokens.part_sums + token * kMaxParts;
+    int32_t sum = kParts == 4 ? sums[2 * part] + sums[2 * part + 1] : sums[part];
+    if (tokens.has_outliers[token] != 0)
+        for (int i = 0; i < 2; ++i)
+            if (tokens.outliers[token].step[i] / (kGroupCols / 4 / kParts) == part)
+                sum += 128 * tokens.outliers[token].digit[i];
+    return sum;
 }
 
-// multiply_codes: sums[t][row] = start[t] + sum over kSteps * 4 columns of (code - offset) * x, where the offset is
-// that of the instruction set (see kOffset). kFetches asks for the memory after the codes.
+// What the int32 sums of some tokens start from.
+struct Starts {
+    const int32_t* of_tokens;  // [tokens]
+    const int32_t* of_rows;    // [tokens][64], where it depends on the row; else null
+};
+
+// multiply_codes: with sums[t][row] = start + sum over kSteps * 4 columns of (code - offset) * x, where the offset is
+// that of the instruction set (see kOffset),
+//   out[t][row] += x_scale[t] * (scale[row] * sums[t][row])   where kWhole: the columns are all that share an x_scale,
+//   out[t][row] += scale[row] * sums[t][row]                  else.
+// kFetches asks for the memory after the codes.
 
 #if defined(__AVX512VNNI__)
 
@@ -61,6 +74,7 @@ using Int32s = __m512i;
 using Bytes = __m512i;
 inline Int32s spread(const void* p) { return _mm512_set1_epi32(load_as<int32_t>(static_cast<const std::byte*>(p))); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Int32s load_int32s(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_int32s(int32_t* p, Int32s a) { _mm512_storeu_si512(p, a); }
 template <int32_t>
 inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
@@ -79,24 +93,45 @@ inline Int32s pair_minus(Int32s a, int16_t b) { return _mm512_sub_epi16(a, _mm51
 inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) { return _mm512_dpwssd_epi32(sums, a, b); }
 
 // Written out: gcc 12 keeps half of the sums on the stack and copies around every product. zmm0 to 23 are the sums,
-// four a token; zmm24 to 27 the codes of four columns and 64 rows; zmm28 four columns of a token.
+// four a token; zmm24 to 27 the codes of four columns and 64 rows, at last the scales of rows; zmm28 what belongs to a
+// token.
 // clang-format off
-#define START(t, a, b, c, d)                        \
+#define SPREAD(t, a, b, c, d)                        \
     "vpbroadcastd " #t "*4(%[start]), %%zmm" #a "\n" \
-    "vpbroadcastd " #t "*4(%[start]), %%zmm" #b "\n" \
-    "vpbroadcastd " #t "*4(%[start]), %%zmm" #c "\n" \
-    "vpbroadcastd " #t "*4(%[start]), %%zmm" #d "\n"
+    "vmovdqa64 %%zmm" #a ", %%zmm" #b "\n"           \
+    "vmovdqa64 %%zmm" #a ", %%zmm" #c "\n"           \
+    "vmovdqa64 %%zmm" #a ", %%zmm" #d "\n"
+#define LOAD(t, a, b, c, d)                            \
+    "vmovdqu64 " #t "*256(%[of_rows]), %%zmm" #a "\n"     \
+    "vmovdqu64 " #t "*256+64(%[of_rows]), %%zmm" #b "\n"  \
+    "vmovdqu64 " #t "*256+128(%[of_rows]), %%zmm" #c "\n" \
+    "vmovdqu64 " #t "*256+192(%[of_rows]), %%zmm" #d "\n"
 #define MULTIPLY(t, a, b, c, d)                   \
     "vpbroadcastd " #t "*128(%[x]), %%zmm28\n"    \
     "vpdpbusd %%zmm28, %%zmm24, %%zmm" #a "\n"    \
     "vpdpbusd %%zmm28, %%zmm25, %%zmm" #b "\n"    \
     "vpdpbusd %%zmm28, %%zmm26, %%zmm" #c "\n"    \
     "vpdpbusd %%zmm28, %%zmm27, %%zmm" #d "\n"
-#define STORE(t, a, b, c, d)                            \
-    "vmovdqu64 %%zmm" #a ", " #t "*256(%[sums])\n"      \
-    "vmovdqu64 %%zmm" #b ", " #t "*256+64(%[sums])\n"   \
-    "vmovdqu64 %%zmm" #c ", " #t "*256+128(%[sums])\n"  \
-    "vmovdqu64 %%zmm" #d ", " #t "*256+192(%[sums])\n"
+#define ADD_WHOLE_VECTOR(place, scale, a)                            \
+    "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\n"                           \
+    "vmulps %%zmm" #scale ", %%zmm" #a ", %%zmm" #a "\n"             \
+    "vfmadd213ps " place "(%[out]), %%zmm28, %%zmm" #a "\n"          \
+    "vmovups %%zmm" #a ", " place "(%[out])\n"
+#define ADD_WHOLE(t, a, b, c, d)                      \
+    "vbroadcastss " #t "*4(%[x_scales]), %%zmm28\n"   \
+    ADD_WHOLE_VECTOR(#t "*256", 24, a)                \
+    ADD_WHOLE_VECTOR(#t "*256+64", 25, b)             \
+    ADD_WHOLE_VECTOR(#t "*256+128", 26, c)            \
+    ADD_WHOLE_VECTOR(#t "*256+192", 27, d)
+#define ADD_PART_VECTOR(place, scale, a)                             \
+    "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\n"                           \
+    "vfmadd213ps " place "(%[out]), %%zmm" #scale ", %%zmm" #a "\n"  \
+    "vmovups %%zmm" #a ", " place "(%[out])\n"
+#define ADD_PART(t, a, b, c, d)                       \
+    ADD_PART_VECTOR(#t "*256", 24, a)                 \
+    ADD_PART_VECTOR(#t "*256+64", 25, b)              \
+    ADD_PART_VECTOR(#t "*256+128", 26, c)             \
+    ADD_PART_VECTOR(#t "*256+192", 27, d)
 #define FETCH                               \
     "prefetcht1 %c[ahead](%[codes])\n"      \
     "prefetcht1 %c[ahead]+64(%[codes])\n"   \
@@ -109,55 +144,66 @@ inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) { return _mm512
 #define TOKENS_4(DO) TOKENS_3(DO) DO(3, 12, 13, 14, 15)
 #define TOKENS_5(DO) TOKENS_4(DO) DO(4, 16, 17, 18, 19)
 #define TOKENS_6(DO) TOKENS_5(DO) DO(5, 20, 21, 22, 23)
-#define TILE(TOKENS, FETCHES) \
-    asm volatile(TOKENS(START)                                                                                     \
-                 "1:\n"                                                                                            \
-                 "vmovdqu64 (%[codes]), %%zmm24\n"                                                                 \
-                 "vmovdqu64 64(%[codes]), %%zmm25\n"                                                               \
-                 "vmovdqu64 128(%[codes]), %%zmm26\n"                                                              \
-                 "vmovdqu64 192(%[codes]), %%zmm27\n" FETCHES TOKENS(MULTIPLY)                                     \
-                 "add $256, %[codes]\n"                                                                            \
-                 "add $4, %[x]\n"                                                                                  \
-                 "cmp %[end], %[codes]\n"                                                                          \
-                 "jne 1b\n" TOKENS(STORE)                                                                          \
-                 : [codes] "+r"(codes), [x] "+r"(x)                                                                \
-                 : [end] "r"(codes + kSteps * kStepCodes), [start] "r"(start), [sums] "r"(sums),                   \
-                   [ahead] "i"(kFetchBytes)                                                                        \
-                 : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", \
-                   "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19",       \
-                   "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28")
+#define TILE(TOKENS, FETCHES, ADD) \
+    asm volatile(                                                                                                  \
+        "test %[of_rows], %[of_rows]\n"                                                                            \
+        "jne 1f\n" TOKENS(SPREAD)                                                                                  \
+        "jmp 2f\n"                                                                                                 \
+        "1:\n" TOKENS(LOAD)                                                                                        \
+        "2:\n"                                                                                                     \
+        "vmovdqu64 (%[codes]), %%zmm24\n"                                                                          \
+        "vmovdqu64 64(%[codes]), %%zmm25\n"                                                                        \
+        "vmovdqu64 128(%[codes]), %%zmm26\n"                                                                       \
+        "vmovdqu64 192(%[codes]), %%zmm27\n" FETCHES TOKENS(MULTIPLY)                                              \
+        "add $256, %[codes]\n"                                                                                     \
+        "add $4, %[x]\n"                                                                                           \
+        "cmp %[end], %[codes]\n"                                                                                   \
+        "jne 2b\n"                                                                                                 \
+        "vmovups (%[scales]), %%zmm24\n"                                                                           \
+        "vmovups 64(%[scales]), %%zmm25\n"                                                                         \
+        "vmovups 128(%[scales]), %%zmm26\n"                                                                        \
+        "vmovups 192(%[scales]), %%zmm27\n" TOKENS(ADD)                                                            \
+        : [codes] "+r"(codes), [x] "+r"(x)                                                                         \
+        : [end] "r"(codes + kSteps * kStepCodes), [start] "r"(starts.of_tokens), [of_rows] "r"(starts.of_rows),    \
+          [scales] "r"(scales), [x_scales] "r"(x_scales), [out] "r"(out), [ahead] "i"(kFetchBytes)                 \
+        : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", \
+          "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21",       \
+          "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28")
+#define TILES(TOKENS)                   \
+    if constexpr (kWhole && kFetches)   \
+        TILE(TOKENS, FETCH, ADD_WHOLE); \
+    else if constexpr (kWhole)          \
+        TILE(TOKENS, , ADD_WHOLE);      \
+    else if constexpr (kFetches)        \
+        TILE(TOKENS, FETCH, ADD_PART);  \
+    else                                \
+        TILE(TOKENS, , ADD_PART)
 
-template <int kTokens, int32_t, int64_t kSteps, bool kFetches>
-inline void multiply_codes(const uint8_t* codes, const int8_t* x, const int32_t* start, int32_t* sums) {
-    if constexpr (kTokens == 1 && kFetches)
-        TILE(TOKENS_1, FETCH);
-    else if constexpr (kTokens == 1)
-        TILE(TOKENS_1, );
-    else if constexpr (kTokens == 2 && kFetches)
-        TILE(TOKENS_2, FETCH);
-    else if constexpr (kTokens == 2)
-        TILE(TOKENS_2, );
-    else if constexpr (kTokens == 3 && kFetches)
-        TILE(TOKENS_3, FETCH);
-    else if constexpr (kTokens == 3)
-        TILE(TOKENS_3, );
-    else if constexpr (kTokens == 4 && kFetches)
-        TILE(TOKENS_4, FETCH);
-    else if constexpr (kTokens == 4)
-        TILE(TOKENS_4, );
-    else if constexpr (kTokens == 5 && kFetches)
-        TILE(TOKENS_5, FETCH);
-    else if constexpr (kTokens == 5)
-        TILE(TOKENS_5, );
-    else if constexpr (kFetches)
-        TILE(TOKENS_6, FETCH);
-    else
-        TILE(TOKENS_6, );
+template <int kTokens, int32_t, int64_t kSteps, bool kWhole, bool kFetches>
+inline void multiply_codes(const uint8_t* codes, const int8_t* x, const Starts& starts, const float* scales,
+                           const float* x_scales, float* out) {
+    if constexpr (kTokens == 1) {
+        TILES(TOKENS_1);
+    } else if constexpr (kTokens == 2) {
+        TILES(TOKENS_2);
+    } else if constexpr (kTokens == 3) {
+        TILES(TOKENS_3);
+    } else if constexpr (kTokens == 4) {
+        TILES(TOKENS_4);
+    } else if constexpr (kTokens == 5) {
+        TILES(TOKENS_5);
+    } else {
+        TILES(TOKENS_6);
+    }
 }
 
-#undef START
+#undef SPREAD
+#undef LOAD
 #undef MULTIPLY
-#undef STORE
+#undef ADD_WHOLE_VECTOR
+#undef ADD_WHOLE
+#undef ADD_PART_VECTOR
+#undef ADD_PART
 #undef FETCH
 #undef TOKENS_1
 #undef TOKENS_2
@@ -166,6 +212,7 @@ inline void multiply_codes(const uint8_t* codes, const int8_t* x, const int32_t*
 #undef TOKENS_5
 #undef TOKENS_6
 #undef TILE
+#undef TILES
 
 #else
 
@@ -180,6 +227,7 @@ using Int32s = __m256i;
 using Bytes = __m256i;
 inline Int32s spread(const void* p) { return _mm256_set1_epi32(load_as<int32_t>(static_cast<const std::byte*>(p))); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Int32s load_int32s(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline void store_int32s(int32_t* p, Int32s a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline Bytes and_bytes(Bytes a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask))); }
 inline Bytes shift_right_4(Bytes a) { return _mm256_srli_epi32(a, 4); }
@@ -227,6 +275,7 @@ using Int32s = int32_t;
 using Bytes = uint32_t;
 inline Int32s spread(const void* p) { return load_as<int32_t>(static_cast<const std::byte*>(p)); }
 inline Bytes load_bytes(const uint8_t* p) { return load_as<uint32_t>(reinterpret_cast<const std::byte*>(p)); }
+inline Int32s load_int32s(const int32_t* p) { return *p; }
 inline void store_int32s(int32_t* p, Int32s a) { *p = a; }
 constexpr bool kRoomForWideCodes = true;
 inline Bytes and_bytes(Bytes a, int mask) { return a & static_cast<Bytes>(mask) * 0x01010101u; }
@@ -247,14 +296,18 @@ inline Int32s add_products(Int32s sums, Bytes codes, Bytes x) {
 
 constexpr int64_t kTileVectors = 4;
 
-template <int kTokens, int32_t kZero, int64_t kSteps, bool kFetches>
-inline void multiply_codes(const uint8_t* codes, const int8_t* x, const int32_t* start, int32_t* sums) {
+template <int kTokens, int32_t kZero, int64_t kSteps, bool kWhole, bool kFetches>
+inline void multiply_codes(const uint8_t* codes, const int8_t* x, const Starts& starts, const float* scales,
+                           const float* x_scales, float* out) {
     for (int64_t row = 0; row < kStripRows; row += kTileVectors * kLanes) {
         Int32s tile[kTokens][kTileVectors];
         GEMMA2_FAST_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             GEMMA2_FAST_UNROLL
-            for (int v = 0; v < kTileVectors; ++v) tile[t][v] = spread(start + t);
+            for (int v = 0; v < kTileVectors; ++v)
+                tile[t][v] = starts.of_rows == nullptr
+                                 ? spread(starts.of_tokens + t)
+                                 : load_int32s(starts.of_rows + t * kStripRows + row + v * kLanes);
         }
         const uint8_t* step_codes = codes + row * 4;
         for (int64_t step = 0; step < kSteps; ++step, step_codes += kStepCodes) {
@@ -270,14 +323,17 @@ inline void multiply_codes(const uint8_t* codes, const int8_t* x, const int32_t*
         GEMMA2_FAST_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             GEMMA2_FAST_UNROLL
-            for (int v = 0; v < kTileVectors; ++v) store_int32s(sums + t * kStripRows + row + v * kLanes, tile[t][v]);
+            for (int v = 0; v < kTileVectors; ++v) {
+                const F32 sum = to_float(I32{tile[t][v]}), scale = load(scales + row + v * kLanes);
+                float* place = out + t * kStripRows + row + v * kLanes;
+                store(place, kWhole ? fma(mul(sum, scale), broadcast(x_scales[t]), load(place))
+                                    : fma(sum, scale, load(place)));
+            }
         }
     }
 }
 
 #endif
-
-inline I32 load_int32s(const int32_t* p) { return {load_as<decltype(I32::v)>(reinterpret_cast<const std::byte*>(p))}; }
 
 inline __attribute__((always_inline)) TileTokens after(const TileTokens& tokens, int64_t count) {
     return {.codes = tokens.codes + count * kGroupCols,
@@ -286,31 +342,10 @@ inline __attribute__((always_inline)) TileTokens after(const TileTokens& tokens,
             .scales = tokens.scales + count,
             .sums = tokens.sums + count,
             .part_sums = tokens.part_sums + count * kMaxParts,
-            .out = tokens.out + count * kStripRows,
-            .first = tokens.first};
+            .out = tokens.out + count * kStripRows};
 }
 
-// The same from a later row of the strip on.
-inline Group after_rows(const Group& group, int64_t rows) {
-    return {group.codes + rows * 4, group.scales + rows, group.minimums == nullptr ? nullptr : group.minimums + rows};
-}
-
-// How many vectors of rows are worked on at once.
-template <int64_t kRows>
-inline constexpr int kVectors = kRows / kLanes < 4 ? static_cast<int>(kRows / kLanes) : 4;
-
-// Products of the codes of some vectors of rows with what the code of an outlier leaves over.
-template <typename Strips, int kCount>
-inline __attribute__((always_inline)) void add_outlier(const uint8_t* codes, const Outliers& outliers, int index,
-                                                       Int32s (&sums)[kCount]) {
-    const Bytes upper = spread(outliers.upper[index]);
-    GEMMA2_FAST_UNROLL
-    for (int v = 0; v < kCount; ++v)
-        sums[v] = add_products<Strips::kZero>(
-            sums[v], load_bytes(codes + outliers.step[index] * kStepCodes + v * kLanes * 4), upper);
-}
-
-// Calls visit(token) for those that have outliers: few, so a token without costs nothing.
+// What tokens have outliers: few, so that a group without costs nothing. Calls visit(token).
 template <typename Visit>
 inline void for_outliers(const TileTokens& tokens, int64_t num_tokens, Visit visit) {
     for (int64_t first = 0; first < num_tokens; first += 8) {
@@ -321,117 +356,84 @@ inline void for_outliers(const TileTokens& tokens, int64_t num_tokens, Visit vis
     }
 }
 
-// sums [tokens][kRows] += 128 * products of the outliers, where a group is one part. Sums start from whole activations:
-// these products need no centring.
-template <typename Strips, int64_t kRows>
-inline void add_outliers_to_sums(const Group& group, const TileTokens& tokens, int64_t num_tokens, int32_t* sums) {
-    constexpr int kCount = kVectors<kRows>;
-    for_outliers(tokens, num_tokens, [&](int64_t t) {
-        for (int64_t row = 0; row < kRows; row += kCount * kLanes) {
-            Int32s products[kCount] = {};
-            add_outlier<Strips>(group.codes + row * 4, tokens.outliers[t], 0, products);
-            add_outlier<Strips>(group.codes + row * 4, tokens.outliers[t], 1, products);
+// sums[64] += 128 * products of the codes of a part with what the codes of outliers leave over. What sums start from
+// counts activations whole, so that these products need no centring.
+template <typename Strips>
+inline void add_outliers(const uint8_t* codes, const Outliers& outliers, int64_t part, int32_t* sums) {
+    constexpr int kCount = kStripRows / kLanes < 4 ? static_cast<int>(kStripRows / kLanes) : 4;
+    for (int i = 0; i < 2; ++i) {
+        if (outliers.step[i] / (kGroupCols / 4 / Strips::kParts) != part) continue;
+        for (int64_t row = 0; row < kStripRows; row += kCount * kLanes) {
+            const uint8_t* of_rows = codes + outliers.step[i] * kStepCodes + row * 4;
             GEMMA2_FAST_UNROLL
             for (int v = 0; v < kCount; ++v) {
-                int32_t* sum = sums + t * kRows + row + v * kLanes;
-                store_int32s(sum, add(load_int32s(sum), shift_left(I32{products[v]}, 7)).v);
-            }
-        }
-    });
-}
-
-// out += (scales * products + minimums * digit) * 128 of the outliers, where each may belong to another part.
-template <typename Strips, int64_t kRows>
-inline void add_outliers(const Group& group, const TileTokens& tokens, int64_t num_tokens) {
-    constexpr int32_t kCentre = kOffset<Strips::kZero> - Strips::kZero;
-    constexpr int kCount = kVectors<kRows>;
-    for_outliers(tokens, num_tokens, [&](int64_t t) {
-        const Outliers& outliers = tokens.outliers[t];
-        const float x_scale = 128 * tokens.scales[t];
-        for (int i = 0; i < 2; ++i) {
-            const int64_t part = outliers.step[i] / (kGroupCols / 4 / Strips::kParts);
-            const int32_t start = kCentre * outliers.digit[i];
-            for (int64_t row = 0; row < kRows; row += kCount * kLanes) {
-                Int32s products[kCount];
-                for (Int32s& product : products) product = spread(&start);
-                add_outlier<Strips>(group.codes + row * 4, outliers, i, products);
-                const int64_t place = part * kStripRows + row;
-                float* out = tokens.out + t * kStripRows + row;
-                GEMMA2_FAST_UNROLL
-                for (int v = 0; v < kCount; ++v) {
-                    const F32 scale = mul(load(group.scales + place + v * kLanes), broadcast(x_scale));
-                    F32 total = fma(to_float(I32{products[v]}), scale, load(out + v * kLanes));
-                    if constexpr (Strips::kMinimums) {
-                        const F32 x = broadcast(x_scale * static_cast<float>(outliers.digit[i]));
-                        total = fma(load(group.minimums + place + v * kLanes), x, total);
-                    }
-                    store(out + v * kLanes, total);
-                }
-            }
-        }
-    });
-}
-
-// out += scales * sums [tokens][kRows] (+ minimums * sum of x), for one part. kCentres when the sums still count codes
-// from 0.
-template <typename Strips, int64_t kRows, bool kCentres>
-inline void add_part(const Group& group, const TileTokens& tokens, int64_t num_tokens, int64_t part,
-                     const int32_t* sums) {
-    constexpr int kCount = kVectors<kRows>;
-    const bool first = tokens.first && part == 0;
-    for (int64_t row = 0; row < kRows; row += kCount * kLanes) {
-        F32 scales[kCount], minimums[kCount];
-        const int64_t place = part * kStripRows + row;
-        GEMMA2_FAST_UNROLL
-        for (int v = 0; v < kCount; ++v) {
-            scales[v] = load(group.scales + place + v * kLanes);
-            if constexpr (Strips::kMinimums) minimums[v] = load(group.minimums + place + v * kLanes);
-        }
-        for (int64_t t = 0; t < num_tokens; ++t) {
-            const F32 x_scale = broadcast(tokens.scales[t]);
-            F32 x_sum{};
-            if constexpr (Strips::kMinimums)
-                x_sum = mul(x_scale, broadcast(static_cast<float>(code_sum<Strips::kParts>(tokens, t, part))));
-            I32 of_rows[kCount];
-            GEMMA2_FAST_UNROLL
-            for (int v = 0; v < kCount; ++v) of_rows[v] = load_int32s(sums + t * kRows + row + v * kLanes);
-            if constexpr (kCentres) {
-                const int32_t start = -Strips::kZero * code_sum<Strips::kParts>(tokens, t, part);
-                GEMMA2_FAST_UNROLL
-                for (int v = 0; v < kCount; ++v) of_rows[v] = add(of_rows[v], start);
-            }
-            float* out = tokens.out + t * kStripRows + row;
-            GEMMA2_FAST_UNROLL
-            for (int v = 0; v < kCount; ++v) {
-                F32 total = first ? broadcast(0) : load(out + v * kLanes);
-                total = fma(to_float(of_rows[v]), mul(scales[v], x_scale), total);
-                if constexpr (Strips::kMinimums) total = fma(minimums[v], x_sum, total);
-                store(out + v * kLanes, total);
+                const Int32s products = add_products<Strips::kZero>(Int32s{}, load_bytes(of_rows + v * kLanes * 4),
+                                                                    spread(outliers.upper[i]));
+                int32_t* sum = sums + row + v * kLanes;
+                store_int32s(sum, add(I32{load_int32s(sum)}, shift_left(I32{products}, 7)).v);
             }
         }
     }
 }
 
-// What the sums of a part start from, so that they count codes from the code of zero.
-template <typename Strips, int32_t kOwnOffset>
-inline void start_sums(const TileTokens& tokens, int64_t num_tokens, int64_t part, int32_t* start) {
-    for (int64_t t = 0; t < num_tokens; ++t)
-        start[t] = (kOwnOffset - Strips::kZero) * code_sum<Strips::kParts>(tokens, t, part);
+// The int32 sums of one part start from -zero * (sum of the activations), so that they count codes from the code of
+// zero, and from the products of outliers. Fills buffers for it.
+template <typename Strips, int kTokens>
+inline Starts start_sums(const Group& group, const TileTokens& tokens, int64_t part, int32_t (&of_tokens)[kTokens],
+                         int32_t (&of_rows)[kTokens * kStripRows]) {
+    constexpr int32_t kCentre = kOffset<Strips::kZero> - Strips::kZero;
+    for (int64_t t = 0; t < kTokens; ++t) of_tokens[t] = kCentre * code_sum<Strips::kParts>(tokens, t, part);
+    bool spreads = true;
+    for_outliers(tokens, kTokens, [&](int64_t token) {
+        for (int64_t t = 0; spreads && t < kTokens; ++t)
+            for (int64_t row = 0; row < kStripRows; ++row) of_rows[t * kStripRows + row] = of_tokens[t];
+        spreads = false;
+        add_outliers<Strips>(group.codes, tokens.outliers[token], part, of_rows + token * kStripRows);
+    });
+    return {of_tokens, spreads ? nullptr : of_rows};
 }
 
+// values[t][row] = sum over parts of minimum * (sum of the activations)
+template <typename Strips, int kTokens>
+inline void add_minimums(const Group& group, const TileTokens& tokens, float* values) {
+    for (int64_t t = 0; t < kTokens; ++t) {
+        F32 x_sums[Strips::kParts];
+        for (int64_t part = 0; part < Strips::kParts; ++part)
+            x_sums[part] = broadcast(static_cast<float>(code_sum<Strips::kParts>(tokens, t, part)));
+        for (int64_t row = 0; row < kStripRows; row += kLanes) {
+            F32 value = mul(load(group.minimums + row), x_sums[0]);
+            for (int64_t part = 1; part < Strips::kParts; ++part)
+                value = fma(load(group.minimums + part * kStripRows + row), x_sums[part], value);
+            store(values + t * kStripRows + row, value);
+        }
+    }
+}
+
+// out += x_scale * (sum over parts of minimum * sum of x + sum over parts of scale * sum), in this order.
 template <typename Strips, bool kFetches, int kTokens>
 __attribute__((noinline)) void int8_tile(const Group& group, const TileTokens& tokens) {
     constexpr int64_t kPartSteps = kGroupCols / 4 / Strips::kParts;
-    alignas(64) int32_t sums[kTokens * kStripRows];
+    constexpr bool kWhole = Strips::kParts == 1;
+    static_assert(!kWhole || !Strips::kMinimums);
+    alignas(64) int32_t of_rows[kTokens * kStripRows];
+    alignas(64) float values[kTokens * kStripRows];
+    if constexpr (Strips::kMinimums)
+        add_minimums<Strips, kTokens>(group, tokens, values);
+    else if constexpr (!kWhole)
+        std::memset(values, 0, sizeof values);
     for (int64_t part = 0; part < Strips::kParts; ++part) {
-        int32_t start[kTokens];
-        start_sums<Strips, kOffset<Strips::kZero>>(tokens, kTokens, part, start);
-        multiply_codes<kTokens, Strips::kZero, kPartSteps, kFetches>(group.codes + part * kPartSteps * kStepCodes,
-                                                                     tokens.codes + part * kPartSteps * 4, start, sums);
-        if constexpr (Strips::kParts == 1) add_outliers_to_sums<Strips, kStripRows>(group, tokens, kTokens, sums);
-        add_part<Strips, kStripRows, false>(group, tokens, kTokens, part, sums);
+        int32_t of_tokens[kTokens];
+        const Starts starts = start_sums<Strips, kTokens>(group, tokens, part, of_tokens, of_rows);
+        multiply_codes<kTokens, Strips::kZero, kPartSteps, kWhole, kFetches>(
+            group.codes + part * kPartSteps * kStepCodes, tokens.codes + part * kPartSteps * 4, starts,
+            group.scales + part * kStripRows, tokens.scales, kWhole ? tokens.out : values);
     }
-    if constexpr (Strips::kParts > 1) add_outliers<Strips, kStripRows>(group, tokens, kTokens);
+    if constexpr (!kWhole)
+        for (int64_t t = 0; t < kTokens; ++t)
+            for (int64_t row = 0; row < kStripRows; row += kLanes) {
+                float* place = tokens.out + t * kStripRows + row;
+                store(place, fma(load(values + t * kStripRows + row), broadcast(tokens.scales[t]), load(place)));
+            }
 }
 
 template <typename Strips, bool kFetches, int kTokens = 1>

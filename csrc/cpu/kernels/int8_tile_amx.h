@@ -1,5 +1,5 @@
-// The int8 tile by matrix units: 32 tokens and 32 rows of a strip at once. Sums and their float32 order are those of
-// int8_tile.h, so the results are the same bits.
+// The int8 tile by matrix units, for many tokens. Sums and their float32 order are those of int8_tile.h, so the results
+// are the same bits.
 #pragma once
 
 #include "cpu/kernels/amx_tiles.h"
@@ -10,164 +10,210 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
-// What four tiles of sums hold.
-constexpr int64_t kUnitTokens = 2 * kAmxRows, kUnitRows = 2 * kAmxRows;
-// Fewer tokens than this are faster by vectors, which need not work for absent ones.
-constexpr int64_t kFewestAmxTokens = kMostUnpaddedTokens + 1;
+// Activations of a unit stay in tiles while all rows of the strip pass, sixteen at a time.
+template <typename Strips>
+inline constexpr int64_t kUnitTokens = Strips::kParts == 1 ? 2 * kAmxRows : kAmxRows;
+template <typename Strips>
+inline constexpr int64_t kPartCols = kGroupCols / Strips::kParts;
+// int32 sums of sixteen rows: [parts][tokens][16].
+template <typename Strips>
+inline constexpr int64_t kUnitSums = Strips::kParts * kUnitTokens<Strips> * kAmxRows;
+template <typename Strips>
+inline constexpr int64_t kUnitProducts = Strips::kParts == 8 ? 8 : 4;
 
-// The products of one part of some groups, in the order in which they are computed.
+// Tiles hold two sums, four activations and two weights.
+constexpr int kSumTiles = 2;
+
+// One unit of tokens in one group.
 struct Unit {
-    int64_t group = 0, first_token = 0, first_row = 0, part = 0;
-
-    template <typename Strips>
-    void advance(int64_t num_tokens) {
-        if (++part < Strips::kParts) return;
-        part = 0;
-        if ((first_row += kUnitRows) < kStripRows) return;
-        first_row = 0;
-        if ((first_token += kUnitTokens) < num_tokens) return;
-        first_token = 0;
-        ++group;
-    }
+    Group group;
+    TileTokens tokens;
+    uint32_t outliers;    // a bit for each token that has some
+    const float* x_sums;  // [parts][tokens], where weights have minimums
 };
 
-template <typename Strips>
-inline constexpr int64_t kStepCols = kGroupCols / Strips::kParts < 64 ? kGroupCols / Strips::kParts : 64;
-template <typename Strips>
-inline constexpr int64_t kUnitSteps = kGroupCols / Strips::kParts / kStepCols<Strips>;
+inline void load_activations(const int8_t* x, int64_t row_bytes, int64_t col_bytes) {
+    _tile_loadd(2, x, kGroupCols);
+    _tile_loadd(3, x + col_bytes, kGroupCols);
+    _tile_loadd(4, x + row_bytes, kGroupCols);
+    _tile_loadd(5, x + row_bytes + col_bytes, kGroupCols);
+}
 
-// Tiles 0 to 3 = codes * x. Calls between(i) after the i-th product of 4 * kUnitSteps: vectors work while tiles
-// multiply only if their instructions are this close.
+// sums = products with sixteen rows' codes. Calls between(i) after the i-th product: vectors work while tiles multiply
+// only if their instructions are this close.
 template <typename Strips, typename Between>
-inline __attribute__((always_inline)) void multiply_unit(const uint8_t* codes, const int8_t* x, Between between) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    GEMMA2_FAST_UNROLL
-    for (int64_t step = 0; step < kUnitSteps<Strips>; ++step) {
-        _tile_loadd(4, x, kGroupCols);
+inline __attribute__((always_inline)) void multiply_rows(const uint8_t* codes, const int8_t* x, int32_t* sums,
+                                                         Between between) {
+    constexpr int64_t kTile = kAmxRows * kAmxRows, kRowBytes = kAmxRows * sizeof(int32_t);
+    if constexpr (Strips::kParts == 1) {
+        _tile_zero(0);
+        _tile_zero(1);
         _tile_loadd(6, codes, kStepCodes);
-        _tile_dpbsud(0, 4, 6);
-        between(4 * step);
-        _tile_loadd(7, codes + 64, kStepCodes);
-        _tile_dpbsud(1, 4, 7);
-        between(4 * step + 1);
-        _tile_loadd(5, x + kAmxRows * kGroupCols, kGroupCols);
-        _tile_dpbsud(2, 5, 6);
-        between(4 * step + 2);
-        _tile_dpbsud(3, 5, 7);
-        between(4 * step + 3);
-        codes += kStepCols<Strips> * kStripRows;
-        x += kStepCols<Strips>;
+        _tile_dpbssd(0, 2, 6);
+        between(0);
+        _tile_dpbssd(1, 4, 6);
+        between(1);
+        _tile_loadd(7, codes + kGroupCodes / 2, kStepCodes);
+        _tile_dpbssd(0, 3, 7);
+        between(2);
+        _tile_dpbssd(1, 5, 7);
+        between(3);
+        _tile_stored(0, sums, kRowBytes);
+        _tile_stored(1, sums + kTile, kRowBytes);
+    } else {
+        constexpr int64_t kPartCodes = kGroupCodes / Strips::kParts;
+        GEMMA2_FAST_UNROLL
+        for (int64_t part = 0; part < Strips::kParts; part += 4) {
+            if constexpr (Strips::kParts > 4)
+                load_activations(x + part * kPartCols<Strips>, 2 * kPartCols<Strips>, kPartCols<Strips>);
+            _tile_loadd(6, codes + part * kPartCodes, kStepCodes);
+            _tile_zero(0);
+            _tile_dpbssd(0, 2, 6);
+            _tile_stored(0, sums + part * kTile, kRowBytes);
+            between(part);
+            _tile_loadd(7, codes + (part + 1) * kPartCodes, kStepCodes);
+            _tile_zero(1);
+            _tile_dpbssd(1, 3, 7);
+            _tile_stored(1, sums + (part + 1) * kTile, kRowBytes);
+            between(part + 1);
+            _tile_loadd(6, codes + (part + 2) * kPartCodes, kStepCodes);
+            _tile_zero(0);
+            _tile_dpbssd(0, 4, 6);
+            _tile_stored(0, sums + (part + 2) * kTile, kRowBytes);
+            between(part + 2);
+            _tile_loadd(7, codes + (part + 3) * kPartCodes, kStepCodes);
+            _tile_zero(1);
+            _tile_dpbssd(1, 5, 7);
+            _tile_stored(1, sums + (part + 3) * kTile, kRowBytes);
+            between(part + 3);
+        }
     }
 }
 
-inline void store_unit(int32_t* sums) {
-    constexpr int64_t kRowBytes = kUnitRows * sizeof(int32_t);
-    _tile_stored(0, sums, kRowBytes);
-    _tile_stored(1, sums + kAmxRows, kRowBytes);
-    _tile_stored(2, sums + kAmxRows * kUnitRows, kRowBytes);
-    _tile_stored(3, sums + kAmxRows * kUnitRows + kAmxRows, kRowBytes);
+inline uint32_t outlier_bits(const uint8_t* has_outliers, int64_t count) {
+    const __m256i flags = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(has_outliers));
+    const uint32_t bits = _mm256_movemask_epi8(_mm256_slli_epi16(flags, 7));
+    return count < 32 ? bits & ((uint32_t{1} << count) - 1) : bits;
 }
 
-// What the float32 sums of a unit need for each of its tokens.
+// As add_outliers of int8_tile.h, for sixteen rows and codes that count from zero.
 template <typename Strips>
-struct UnitTokens {
-    alignas(64) int32_t start[kUnitTokens];  // makes the sums count codes from the code of zero
-    alignas(64) float x_sum[kUnitTokens];    // of the part's columns
-
-    void set(const TileTokens& tokens, int64_t part) {
-        GEMMA2_FAST_UNROLL
-        for (int64_t t = 0; t < kUnitTokens; ++t) {
-            const int32_t sum = code_sum<Strips::kParts>(tokens, t, part);
-            start[t] = -Strips::kZero * sum;
-            if constexpr (Strips::kMinimums) x_sum[t] = tokens.scales[t] * static_cast<float>(sum);
+inline void add_outliers_to_rows(const Unit& unit, int64_t row, int32_t* sums) {
+    for (uint32_t left = unit.outliers; left != 0; left &= left - 1) {
+        const int64_t t = __builtin_ctz(left);
+        const Outliers& outliers = unit.tokens.outliers[t];
+        for (int i = 0; i < 2; ++i) {
+            // One operand is unsigned: codes are moved up by 128, and their products down.
+            const uint8_t* codes = unit.group.codes + outliers.step[i] * kStepCodes + row * 4;
+            const __m512i moved = _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(-128));
+            const __m512i products =
+                add_products<128>(_mm512_set1_epi32(-128 * outliers.digit[i]), moved, spread(outliers.upper[i]));
+            const int64_t part = outliers.step[i] / (kGroupCols / 4 / Strips::kParts);
+            int32_t* sum = sums + (part * kUnitTokens<Strips> + t) * kAmxRows;
+            _mm512_store_si512(sum, _mm512_add_epi32(_mm512_load_si512(sum), _mm512_slli_epi32(products, 7)));
         }
     }
-};
-
-// Adds the sums of some of a unit's tokens to their rows, as add_part does.
-template <typename Strips, int64_t kTokens>
-inline __attribute__((always_inline)) void add_slice(const UnitTokens<Strips>& unit, int64_t first,
-                                                     const float* x_scales, const __m512 (&scales)[2],
-                                                     const __m512 (&minimums)[2], __mmask16 summed, const int32_t* sums,
-                                                     float* out) {
-    GEMMA2_FAST_UNROLL
-    for (int64_t t = first; t < first + kTokens; ++t) {
-        const __m512 x_scale = _mm512_set1_ps(x_scales[t]);
-        const __m512i start = _mm512_set1_epi32(unit.start[t]);
-        GEMMA2_FAST_UNROLL
-        for (int64_t v = 0; v < 2; ++v) {
-            const __m512i of_rows = _mm512_add_epi32(_mm512_load_si512(sums + t * kUnitRows + v * kAmxRows), start);
-            float* place = out + t * kStripRows + v * kAmxRows;
-            __m512 total = _mm512_maskz_loadu_ps(summed, place);
-            total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(of_rows), _mm512_mul_ps(scales[v], x_scale), total);
-            if constexpr (Strips::kMinimums) total = _mm512_fmadd_ps(minimums[v], _mm512_set1_ps(unit.x_sum[t]), total);
-            _mm512_storeu_ps(place, total);
-        }
-    }
-    asm volatile("" : : : "memory");  // keeps the slice where it is
 }
 
-// Multiplies tokens and consecutive groups; tokens_of(g) are those of groups[g]. Whole units are computed, of which the
-// last may have absent tokens. While tiles multiply, vectors add up the sums of the unit before the last: by then its
-// stores have settled.
+// The sums of activations, which meet minimums.
+template <typename Strips>
+inline void sum_activations(const TileTokens& tokens, float* x_sums) {
+    for (int64_t t = 0; t < kUnitTokens<Strips>; ++t)
+        for (int64_t part = 0; part < Strips::kParts; ++part)
+            x_sums[part * kUnitTokens<Strips> + t] = static_cast<float>(code_sum<Strips::kParts>(tokens, t, part));
+}
+
+// Adds the products of a unit with sixteen rows to the totals, while multiply(between) computes others.
+template <typename Strips, typename Multiply>
+inline __attribute__((always_inline)) void add_rows(const Unit& unit, int64_t row, int32_t* sums, Multiply multiply) {
+    constexpr int64_t kTokens = kUnitTokens<Strips>, kSliceTokens = kTokens / kUnitProducts<Strips>;
+    if (unit.outliers != 0) [[unlikely]]
+        add_outliers_to_rows<Strips>(unit, row, sums);
+    __m512 scales[Strips::kParts], minimums[Strips::kParts];
+    GEMMA2_FAST_UNROLL
+    for (int64_t part = 0; part < Strips::kParts; ++part) {
+        scales[part] = _mm512_loadu_ps(unit.group.scales + part * kStripRows + row);
+        if constexpr (Strips::kMinimums)
+            minimums[part] = _mm512_loadu_ps(unit.group.minimums + part * kStripRows + row);
+    }
+    multiply([&](int64_t slice) __attribute__((always_inline)) {
+        GEMMA2_FAST_UNROLL
+        for (int64_t i = 0; i < kSliceTokens; ++i) {
+            const int64_t t = slice * kSliceTokens + i;
+            __m512 value = _mm512_setzero_ps();
+            if constexpr (Strips::kMinimums) {
+                GEMMA2_FAST_UNROLL
+                for (int64_t part = 0; part < Strips::kParts; ++part) {
+                    const __m512 x_sum = _mm512_set1_ps(unit.x_sums[part * kTokens + t]);
+                    value =
+                        part == 0 ? _mm512_mul_ps(minimums[0], x_sum) : _mm512_fmadd_ps(minimums[part], x_sum, value);
+                }
+            }
+            GEMMA2_FAST_UNROLL
+            for (int64_t part = 0; part < Strips::kParts; ++part) {
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + (part * kTokens + t) * kAmxRows));
+                value = part == 0 && !Strips::kMinimums ? _mm512_mul_ps(sum, scales[0])
+                                                        : _mm512_fmadd_ps(sum, scales[part], value);
+            }
+            float* place = unit.tokens.out + t * kStripRows + row;
+            const __m512 x_scale = _mm512_set1_ps(unit.tokens.scales[t]);
+            _mm512_storeu_ps(place, _mm512_fmadd_ps(value, x_scale, _mm512_loadu_ps(place)));
+        }
+        asm volatile("" : : : "memory");  // keeps the slice where it is
+    });
+}
+
+// Multiplies tokens and consecutive groups, whose codes count from zero. Whole units are computed, of which the last
+// may have absent tokens. While tiles multiply sixteen rows, vectors add up the sixteen before.
 template <typename Strips, typename TokensOf>
 __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int64_t num_groups, int64_t num_tokens,
                                                         TokensOf tokens_of, Fetch fetch) {
-    constexpr int64_t kSlices = 4 * kUnitSteps<Strips>, kSliceTokens = kUnitTokens / kSlices;
-    constexpr int64_t kPartCols = kGroupCols / Strips::kParts;
-    alignas(64) int32_t sums[2][kUnitTokens * kUnitRows];
-    UnitTokens<Strips> unit_tokens;
-    const int64_t token_units = (num_tokens + kUnitTokens - 1) / kUnitTokens;
-    const int64_t num_units = num_groups * token_units * (kStripRows / kUnitRows) * Strips::kParts;
-    fetch.split(num_units);
-    Unit multiplied, added;
-    for (int64_t i = 0; i < num_units + 2; ++i) {
-        int32_t* unit_sums = sums[i % 2];
+    constexpr int64_t kTokens = kUnitTokens<Strips>;
+    alignas(64) int32_t sums[2][kUnitSums<Strips>];
+    alignas(64) float x_sums[2][Strips::kParts * kTokens];
+    const int64_t num_units = (num_tokens + kTokens - 1) / kTokens;
+    fetch.split(num_groups * num_units);
+    Unit last{};
+    for (int64_t i = 0; i < num_groups * num_units; ++i) {
+        const Group& group = groups[i / num_units];
+        const int64_t first = i % num_units * kTokens;
+        const TileTokens tokens = after(tokens_of(i / num_units), first);
+        const Unit unit{group, tokens, outlier_bits(tokens.has_outliers, min(num_tokens - first, kTokens)),
+                        x_sums[i % 2]};
+        if constexpr (Strips::kMinimums) sum_activations<Strips>(tokens, x_sums[i % 2]);
         fetch.next();
-        const auto multiply = [&](auto between) __attribute__((always_inline)) {
-            multiply_unit<Strips>(
-                groups[multiplied.group].codes + multiplied.part * kPartCols * kStripRows + multiplied.first_row * 4,
-                tokens_of(multiplied.group).codes + multiplied.first_token * kGroupCols + multiplied.part * kPartCols,
-                between);
-            store_unit(unit_sums);
-            multiplied.advance<Strips>(num_tokens);
+        if constexpr (Strips::kParts == 1)
+            load_activations(tokens.codes, kAmxRows * kGroupCols, kGroupCols / 2);
+        else if constexpr (Strips::kParts == 4)
+            load_activations(tokens.codes, 2 * kPartCols<Strips>, kPartCols<Strips>);
+        const auto multiply = [&](int64_t row) __attribute__((always_inline)) {
+            return [&, row](auto between) __attribute__((always_inline)) {
+                multiply_rows<Strips>(group.codes + row * 4, tokens.codes, sums[row / kAmxRows % 2], between);
+            };
         };
-        if (i < 2) {
-            if (i < num_units) multiply([](int64_t) {});
-            continue;
-        }
-        const Group group = after_rows(groups[added.group], added.first_row);
-        TileTokens tokens = after(tokens_of(added.group), added.first_token);
-        tokens.out += added.first_row;
-        const int64_t count =
-            num_tokens - added.first_token < kUnitTokens ? num_tokens - added.first_token : kUnitTokens;
-        if constexpr (Strips::kParts == 1) add_outliers_to_sums<Strips, kUnitRows>(group, tokens, count, unit_sums);
-        unit_tokens.set(tokens, added.part);
-        const int64_t place = added.part * kStripRows;
-        const __m512 scales[2] = {_mm512_loadu_ps(group.scales + place),
-                                  _mm512_loadu_ps(group.scales + place + kAmxRows)};
-        __m512 minimums[2] = {};
-        if constexpr (Strips::kMinimums) {
-            minimums[0] = _mm512_loadu_ps(group.minimums + place);
-            minimums[1] = _mm512_loadu_ps(group.minimums + place + kAmxRows);
-        }
-        const __mmask16 summed = tokens.first && added.part == 0 ? 0 : 0xffff;
-        const auto between = [&](int64_t slice) __attribute__((always_inline)) {
-            add_slice<Strips, kSliceTokens>(unit_tokens, slice * kSliceTokens, tokens.scales, scales, minimums, summed,
-                                            unit_sums, tokens.out);
-        };
-        if (i < num_units) {
-            multiply(between);
-        } else {
-            for (int64_t slice = 0; slice < kSlices; ++slice) between(slice);
-        }
-        if (Strips::kParts > 1 && added.part == Strips::kParts - 1)
-            add_outliers<Strips, kUnitRows>(group, tokens, count);
-        added.advance<Strips>(num_tokens);
+        if (i == 0)
+            multiply(0)([](int64_t) {});
+        else
+            add_rows<Strips>(last, 3 * kAmxRows, sums[1], multiply(0));
+        add_rows<Strips>(unit, 0, sums[0], multiply(kAmxRows));
+        add_rows<Strips>(unit, kAmxRows, sums[1], multiply(2 * kAmxRows));
+        add_rows<Strips>(unit, 2 * kAmxRows, sums[0], multiply(3 * kAmxRows));
+        last = unit;
     }
+    add_rows<Strips>(last, 3 * kAmxRows, sums[1], [](auto between) __attribute__((always_inline)) {
+        GEMMA2_FAST_UNROLL
+        for (int64_t slice = 0; slice < kUnitProducts<Strips>; ++slice) between(slice);
+    });
+}
+
+// A group whose codes count from zero, which makes them signed; in `buffer`, where the group may already be.
+template <typename Strips>
+inline Group centred(const Group& group, GroupBuffer& buffer) {
+    if constexpr (Strips::kZero == 0) return group;
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(Strips::kZero));
+    for (int64_t i = 0; i < kGroupCodes; i += 64)
+        _mm512_store_si512(buffer.codes + i, _mm512_sub_epi8(_mm512_loadu_si512(group.codes + i), zero));
+    return {buffer.codes, group.scales, group.minimums};
 }
 
 }  // namespace
