@@ -11,21 +11,57 @@ constexpr float kLargestOutlier = kLargestCode * kUpperUnit;
 // The largest magnitude of a group over its third largest, above which two outliers keep more bits: that costs time.
 constexpr float kOutlierRatio = 2.0f;
 
+// Per set: round_codes rounds 128 values and saturates; sum_codes adds up sixteen codes each; exchange_halves gives
+// lane i what lane i + lanes has, and the other way round.
 #if defined(__AVX512F__)
-inline void store_rounded(int8_t* p, F32 a) {  // saturates
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
+inline void round_codes(const float* x, float factor, int8_t* codes) {
+    // Packing works on quarters of registers: what comes out is in the order of quarters.
+    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t i = 0; i < kQuantizedCols; i += 64) {
+        __m512i rounded[4];
+        GEMMA2_FAST_UNROLL
+        for (int v = 0; v < 4; ++v) rounded[v] = _mm512_cvtps_epi32(mul(load(x + i + v * 16), broadcast(factor)).v);
+        const __m512i packed =
+            _mm512_packs_epi16(_mm512_packs_epi32(rounded[0], rounded[1]), _mm512_packs_epi32(rounded[2], rounded[3]));
+        _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(in_order, packed));
+    }
 }
-inline F32 exchange_halves(F32 a, int64_t lanes) {  // lane i gets lane i + lanes, and the other way round
+inline void sum_codes(const int8_t* codes, int32_t* part_sums) {
+    __m512i sums[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m512i fours =
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_loadu_si512(codes + i * 64));
+        const __m512i eights = _mm512_add_epi32(fours, _mm512_shuffle_epi32(fours, _MM_PERM_CDAB));
+        sums[i] = _mm512_add_epi32(eights, _mm512_shuffle_epi32(eights, _MM_PERM_BADC));
+    }
+    const __m512i one_each = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i parts = _mm512_permutex2var_epi32(sums[0], one_each, sums[1]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(part_sums), _mm512_castsi512_si256(parts));
+}
+inline F32 exchange_halves(F32 a, int64_t lanes) {
     if (lanes == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
     if (lanes == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
     if (lanes == 2) return {_mm512_permute_ps(a.v, 0x4e)};
     return {_mm512_permute_ps(a.v, 0xb1)};
 }
 #elif defined(__AVX2__)
-inline void store_rounded(int8_t* p, F32 a) {  // saturates
-    const __m256i wide = _mm256_cvtps_epi32(a.v);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+inline void round_codes(const float* x, float factor, int8_t* codes) {
+    for (int64_t i = 0; i < kQuantizedCols; i += kLanes) {
+        const __m256i wide = _mm256_cvtps_epi32(mul(load(x + i), broadcast(factor)).v);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm_packs_epi16(words, words));
+    }
+}
+inline void sum_codes(const int8_t* codes, int32_t* part_sums) {
+    for (int64_t part = 0; part < kParts; part += 2) {
+        const __m256i of_parts = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + part * kPartCols));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), of_parts);
+        const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        const __m256i eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0xb1));
+        const __m256i sums = _mm256_add_epi32(eights, _mm256_shuffle_epi32(eights, 0x4e));
+        part_sums[part] = _mm256_cvtsi256_si32(sums);
+        part_sums[part + 1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(sums, 1));
+    }
 }
 inline F32 exchange_halves(F32 a, int64_t lanes) {
     if (lanes == 4) return {_mm256_permute2f128_ps(a.v, a.v, 1)};
@@ -33,8 +69,16 @@ inline F32 exchange_halves(F32 a, int64_t lanes) {
     return {_mm256_permute_ps(a.v, 0xb1)};
 }
 #else
-inline void store_rounded(int8_t* p, F32 a) {  // saturates
-    *p = static_cast<int8_t>(max(min(round_to_nearest(a), broadcast(127)), broadcast(-128)).v);
+inline void round_codes(const float* x, float factor, int8_t* codes) {
+    for (int64_t i = 0; i < kQuantizedCols; ++i)
+        codes[i] = static_cast<int8_t>(
+            max(min(round_to_nearest(mul(load(x + i), broadcast(factor))), broadcast(127)), broadcast(-128)).v);
+}
+inline void sum_codes(const int8_t* codes, int32_t* part_sums) {
+    for (int64_t part = 0; part < kParts; ++part, codes += kPartCols) {
+        part_sums[part] = 0;
+        for (int64_t i = 0; i < kPartCols; ++i) part_sums[part] += codes[i];
+    }
 }
 inline F32 exchange_halves(F32 a, int64_t) { return a; }
 #endif
@@ -46,10 +90,11 @@ struct Magnitudes {
 };
 
 Magnitudes magnitudes(const float* x) {
-    F32 first = broadcast(0), second = first, third = first, not_finite = first;
+    F32 first = broadcast(0), second = first, third = first;
+    F32 not_finite = first;  // NaN where there was a NaN or an infinity, else 0
     for (int64_t i = 0; i < kQuantizedCols; i += kLanes) {
         const F32 element = abs(load(x + i));
-        not_finite = fma(element, broadcast(0), not_finite);  // NaN from a NaN or an infinity, else 0
+        not_finite = fma(element, broadcast(0), not_finite);
         const F32 below_first = min(first, element), below_second = min(second, below_first);
         first = max(first, element);
         second = max(second, below_first);
@@ -62,11 +107,13 @@ Magnitudes magnitudes(const float* x) {
         first = max(first, a);
         second = max(below_first, seconds);
         third = max(min(below_first, seconds), max(third, c));
+        not_finite = add(not_finite, exchange_halves(not_finite, lanes));
     }
-    float lanes[2][kLanes];
+    float lanes[3][kLanes];
     store(lanes[0], first);
     store(lanes[1], third);
-    return {lanes[0][0], lanes[1][0], reduce_add(not_finite) == 0};
+    store(lanes[2], not_finite);
+    return {lanes[0][0], lanes[1][0], lanes[2][0] == 0};
 }
 
 // Where the results of one group go.
@@ -97,15 +144,10 @@ int32_t split_outliers(const float* x, float factor, const Group& out) {
 
 // Codes of x * factor. Returns the sum of all.
 int32_t round_group(const float* x, float factor, bool has_outliers, const Group& out) {
-    for (int64_t i = 0; i < kQuantizedCols; i += kLanes)
-        store_rounded(out.codes + i, mul(load(x + i), broadcast(factor)));
+    round_codes(x, factor, out.codes);
     int32_t sum = has_outliers ? split_outliers(x, factor, out) : 0;
-    for (int64_t part = 0; part < kParts; ++part) {
-        int32_t part_sum = 0;
-        for (int64_t i = 0; i < kPartCols; ++i) part_sum += out.codes[part * kPartCols + i];
-        out.part_sums[part] = part_sum;
-        sum += part_sum;
-    }
+    sum_codes(out.codes, out.part_sums);
+    for (int64_t part = 0; part < kParts; ++part) sum += out.part_sums[part];
     return sum;
 }
 
