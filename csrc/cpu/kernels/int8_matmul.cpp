@@ -25,18 +25,6 @@ struct Scratch {
     float* sums;          // [strips][tokens][64]
 };
 
-inline __attribute__((always_inline)) TileTokens tile_tokens(const QuantizedRows& x, int64_t group, int64_t token,
-                                                             float* sums) {
-    const int64_t place = group * x.token_stride + token;
-    return {.codes = x.codes + place * kGroupCols,
-            .outliers = x.outliers + place,
-            .has_outliers = x.has_outliers + place,
-            .scales = x.scales + place,
-            .sums = x.sums + place,
-            .part_sums = x.part_sums + place * kMaxParts,
-            .out = sums};
-}
-
 int64_t padded(int64_t num_tokens) { return divide_up(num_tokens, kQuantizedTokens) * kQuantizedTokens; }
 
 // Tokens [first, first + count) with groups [begin, end). Weights that come later are fetched little by little:
@@ -46,25 +34,27 @@ void multiply_block(const Group* groups, int64_t begin, int64_t end, const Quant
                     int64_t count, Fetch fetch, float* sums) {
     const int64_t num_sums = (kByTiles ? padded(count) : count) * kStripRows;
     if (begin == 0) std::memset(sums, 0, static_cast<std::size_t>(num_sums) * sizeof(float));
+    const auto tokens_of = [&](int64_t g) { return TileTokens{&x, (begin + g) * x.token_stride + first, sums}; };
     if constexpr (kByTiles) {
 #if defined(__AMX_INT8__)
-        multiply_groups_by_tiles<Strips>(
-            groups, end - begin, count, [&](int64_t g) { return tile_tokens(x, begin + g, first, sums); }, fetch);
+        multiply_groups_by_tiles<Strips>(groups, end - begin, count, tokens_of, fetch);
 #endif
         return;
     }
-    const int64_t num_tiles = divide_up(count, kTileTokens);
+    const int64_t num_tiles = divide_up(count, kTileTokens), fewest = count / num_tiles, rest = count % num_tiles;
     fetch.split(num_tiles * (end - begin));
-    for (int64_t g = begin; g < end; ++g)
+    for (int64_t g = 0; g < end - begin; ++g) {
+        TileTokens tokens = tokens_of(g);
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
-            const int64_t from = count * tile / num_tiles, to = count * (tile + 1) / num_tiles;
-            const TileTokens tokens = tile_tokens(x, g, first + from, sums + from * kStripRows);
+            const int64_t num_tokens = fewest + (tile < rest ? 1 : 0);
             fetch.next();
             if (kFetchesAhead && Strips::kInPlace && tile == 0)
-                run_int8_tile<Strips, Strips::kInPlace>(to - from, groups[g - begin], tokens);
+                run_int8_tile<Strips, Strips::kInPlace>(num_tokens, groups[g], tokens);
             else
-                run_int8_tile<Strips, false>(to - from, groups[g - begin], tokens);
+                run_int8_tile<Strips, false>(num_tokens, groups[g], tokens);
+            tokens = tokens.after(num_tokens);
         }
+    }
 }
 
 // All groups of some strips: sums[i] are those of strip i. Strips share the passes over x, which is larger than they.

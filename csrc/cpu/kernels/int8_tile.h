@@ -13,13 +13,17 @@ constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Activations of consecutive tokens in one group of columns, and the sums that take the products.
 struct TileTokens {
-    const int8_t* codes;          // [tokens][128]
-    const Outliers* outliers;     // [tokens]
-    const uint8_t* has_outliers;  // [tokens + 8]
-    const float* scales;          // [tokens]
-    const int32_t* sums;          // [tokens], of code + 128 * upper
-    const int32_t* part_sums;     // [tokens][8], of 16 codes each
-    float* out;                   // [tokens][64], added to
+    const QuantizedRows* rows;
+    int64_t place;  // of the first token's group in them
+    float* out;     // [tokens][64], added to
+
+    const int8_t* codes() const { return rows->codes + place * kGroupCols; }
+    const Outliers* outliers() const { return rows->outliers + place; }
+    const uint8_t* has_outliers() const { return rows->has_outliers + place; }
+    const float* scales() const { return rows->scales + place; }
+    const int32_t* sums() const { return rows->sums + place; }
+    const int32_t* part_sums() const { return rows->part_sums + place * kMaxParts; }
+    TileTokens after(int64_t count) const { return {rows, place + count, out + count * kStripRows}; }
 };
 
 // Memory that is asked for in equal steps. It need not exist.
@@ -43,13 +47,13 @@ struct Fetch {
 // The sum of the activations that meet one part.
 template <int64_t kParts>
 inline int32_t code_sum(const TileTokens& tokens, int64_t token, int64_t part) {
-    if constexpr (kParts == 1) return tokens.sums[token];
-    const int32_t* sums = tokens.part_sums + token * kMaxParts;
+    if constexpr (kParts == 1) return tokens.sums()[token];
+    const int32_t* sums = tokens.part_sums() + token * kMaxParts;
     int32_t sum = kParts == 4 ? sums[2 * part] + sums[2 * part + 1] : sums[part];
-    if (tokens.has_outliers[token] != 0)
+    if (tokens.has_outliers()[token] != 0)
         for (int i = 0; i < 2; ++i)
-            if (tokens.outliers[token].step[i] / (kGroupCols / 4 / kParts) == part)
-                sum += 128 * tokens.outliers[token].digit[i];
+            if (tokens.outliers()[token].step[i] / (kGroupCols / 4 / kParts) == part)
+                sum += 128 * tokens.outliers()[token].digit[i];
     return sum;
 }
 
@@ -335,22 +339,12 @@ inline void multiply_codes(const uint8_t* codes, const int8_t* x, const Starts& 
 
 #endif
 
-inline __attribute__((always_inline)) TileTokens after(const TileTokens& tokens, int64_t count) {
-    return {.codes = tokens.codes + count * kGroupCols,
-            .outliers = tokens.outliers + count,
-            .has_outliers = tokens.has_outliers + count,
-            .scales = tokens.scales + count,
-            .sums = tokens.sums + count,
-            .part_sums = tokens.part_sums + count * kMaxParts,
-            .out = tokens.out + count * kStripRows};
-}
-
 // What tokens have outliers: few, so that a group without costs nothing. Calls visit(token).
 template <typename Visit>
 inline void for_outliers(const TileTokens& tokens, int64_t num_tokens, Visit visit) {
     for (int64_t first = 0; first < num_tokens; first += 8) {
         uint64_t flags;
-        std::memcpy(&flags, tokens.has_outliers + first, sizeof flags);
+        std::memcpy(&flags, tokens.has_outliers() + first, sizeof flags);
         if (num_tokens - first < 8) flags &= (uint64_t{1} << (8 * (num_tokens - first))) - 1;
         for (; flags != 0; flags &= flags - 1) visit(first + __builtin_ctzll(flags) / 8);
     }
@@ -388,7 +382,7 @@ inline Starts start_sums(const Group& group, const TileTokens& tokens, int64_t p
         for (int64_t t = 0; spreads && t < kTokens; ++t)
             for (int64_t row = 0; row < kStripRows; ++row) of_rows[t * kStripRows + row] = of_tokens[t];
         spreads = false;
-        add_outliers<Strips>(group.codes, tokens.outliers[token], part, of_rows + token * kStripRows);
+        add_outliers<Strips>(group.codes, tokens.outliers()[token], part, of_rows + token * kStripRows);
     });
     return {of_tokens, spreads ? nullptr : of_rows};
 }
@@ -425,14 +419,14 @@ __attribute__((noinline)) void int8_tile(const Group& group, const TileTokens& t
         int32_t of_tokens[kTokens];
         const Starts starts = start_sums<Strips, kTokens>(group, tokens, part, of_tokens, of_rows);
         multiply_codes<kTokens, Strips::kZero, kPartSteps, kWhole, kFetches>(
-            group.codes + part * kPartSteps * kStepCodes, tokens.codes + part * kPartSteps * 4, starts,
-            group.scales + part * kStripRows, tokens.scales, kWhole ? tokens.out : values);
+            group.codes + part * kPartSteps * kStepCodes, tokens.codes() + part * kPartSteps * 4, starts,
+            group.scales + part * kStripRows, tokens.scales(), kWhole ? tokens.out : values);
     }
     if constexpr (!kWhole)
         for (int64_t t = 0; t < kTokens; ++t)
             for (int64_t row = 0; row < kStripRows; row += kLanes) {
                 float* place = tokens.out + t * kStripRows + row;
-                store(place, fma(load(values + t * kStripRows + row), broadcast(tokens.scales[t]), load(place)));
+                store(place, fma(load(values + t * kStripRows + row), broadcast(tokens.scales()[t]), load(place)));
             }
 }
 

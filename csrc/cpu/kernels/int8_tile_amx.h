@@ -101,7 +101,7 @@ template <typename Strips>
 inline void add_outliers_to_rows(const Unit& unit, int64_t row, int32_t* sums) {
     for (uint32_t left = unit.outliers; left != 0; left &= left - 1) {
         const int64_t t = __builtin_ctz(left);
-        const Outliers& outliers = unit.tokens.outliers[t];
+        const Outliers& outliers = unit.tokens.outliers()[t];
         for (int i = 0; i < 2; ++i) {
             // One operand is unsigned: codes are moved up by 128, and their products down.
             const uint8_t* codes = unit.group.codes + outliers.step[i] * kStepCodes + row * 4;
@@ -156,7 +156,7 @@ inline __attribute__((always_inline)) void add_rows(const Unit& unit, int64_t ro
                                                         : _mm512_fmadd_ps(sum, scales[part], value);
             }
             float* place = unit.tokens.out + t * kStripRows + row;
-            const __m512 x_scale = _mm512_set1_ps(unit.tokens.scales[t]);
+            const __m512 x_scale = _mm512_set1_ps(unit.tokens.scales()[t]);
             _mm512_storeu_ps(place, _mm512_fmadd_ps(value, x_scale, _mm512_loadu_ps(place)));
         }
         asm volatile("" : : : "memory");  // keeps the slice where it is
@@ -173,22 +173,26 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
     alignas(64) float x_sums[2][Strips::kParts * kTokens];
     const int64_t num_units = (num_tokens + kTokens - 1) / kTokens;
     fetch.split(num_groups * num_units);
-    Unit last{};
+    Unit unit{}, last;
+    int64_t group = 0, first_token = 0;
     for (int64_t i = 0; i < num_groups * num_units; ++i) {
-        const Group& group = groups[i / num_units];
-        const int64_t first = i % num_units * kTokens;
-        const TileTokens tokens = after(tokens_of(i / num_units), first);
-        const Unit unit{group, tokens, outlier_bits(tokens.has_outliers, min(num_tokens - first, kTokens)),
-                        x_sums[i % 2]};
+        const TileTokens tokens = tokens_of(group).after(first_token);
+        last = unit;
+        unit = {groups[group], tokens, outlier_bits(tokens.has_outliers(), min(num_tokens - first_token, kTokens)),
+                x_sums[i % 2]};
+        if (first_token += kTokens; first_token >= num_tokens) {
+            first_token = 0;
+            ++group;
+        }
         if constexpr (Strips::kMinimums) sum_activations<Strips>(tokens, x_sums[i % 2]);
         fetch.next();
         if constexpr (Strips::kParts == 1)
-            load_activations(tokens.codes, kAmxRows * kGroupCols, kGroupCols / 2);
+            load_activations(tokens.codes(), kAmxRows * kGroupCols, kGroupCols / 2);
         else if constexpr (Strips::kParts == 4)
-            load_activations(tokens.codes, 2 * kPartCols<Strips>, kPartCols<Strips>);
+            load_activations(tokens.codes(), 2 * kPartCols<Strips>, kPartCols<Strips>);
         const auto multiply = [&](int64_t row) __attribute__((always_inline)) {
             return [&, row](auto between) __attribute__((always_inline)) {
-                multiply_rows<Strips>(group.codes + row * 4, tokens.codes, sums[row / kAmxRows % 2], between);
+                multiply_rows<Strips>(unit.group.codes + row * 4, tokens.codes(), sums[row / kAmxRows % 2], between);
             };
         };
         if (i == 0)
@@ -198,9 +202,8 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
         add_rows<Strips>(unit, 0, sums[0], multiply(kAmxRows));
         add_rows<Strips>(unit, kAmxRows, sums[1], multiply(2 * kAmxRows));
         add_rows<Strips>(unit, 2 * kAmxRows, sums[0], multiply(3 * kAmxRows));
-        last = unit;
     }
-    add_rows<Strips>(last, 3 * kAmxRows, sums[1], [](auto between) __attribute__((always_inline)) {
+    add_rows<Strips>(unit, 3 * kAmxRows, sums[1], [](auto between) __attribute__((always_inline)) {
         GEMMA2_FAST_UNROLL
         for (int64_t slice = 0; slice < kUnitProducts<Strips>; ++slice) between(slice);
     });
