@@ -100,7 +100,16 @@ inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) { return _mm512
 // four a token; zmm24 to 27 the codes of four columns and 64 rows, at last the scales of rows; zmm28 what belongs to a
 // token.
 // clang-format off
+// What comes next: the sums of this tile, which memory has to bring, and the activations of the next.
+#define FETCH_NEXT(t)                            \
+    "prefetcht0 " #t "*256(%[out])\n"            \
+    "prefetcht0 " #t "*256+64(%[out])\n"         \
+    "prefetcht0 " #t "*256+128(%[out])\n"        \
+    "prefetcht0 " #t "*256+192(%[out])\n"        \
+    "prefetcht0 " #t "*128+%c[next](%[x])\n"     \
+    "prefetcht0 " #t "*128+%c[next]+64(%[x])\n"
 #define SPREAD(t, a, b, c, d)                        \
+    FETCH_NEXT(t)                                    \
     "vpbroadcastd " #t "*4(%[start]), %%zmm" #a "\n" \
     "vmovdqa64 %%zmm" #a ", %%zmm" #b "\n"           \
     "vmovdqa64 %%zmm" #a ", %%zmm" #c "\n"           \
@@ -169,7 +178,7 @@ inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) { return _mm512
         "vmovups 192(%[scales]), %%zmm27\n" TOKENS(ADD)                                                            \
         : [codes] "+r"(codes), [x] "+r"(x)                                                                         \
         : [end] "r"(codes + kSteps * kStepCodes), [start] "r"(starts.of_tokens), [of_rows] "r"(starts.of_rows),    \
-          [scales] "r"(scales), [x_scales] "r"(x_scales), [out] "r"(out), [ahead] "i"(kFetchBytes)                 \
+          [scales] "r"(scales), [x_scales] "r"(x_scales), [out] "r"(out), [ahead] "i"(kFetchBytes), [next] "i"(kTokens * kGroupCols)                 \
         : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", \
           "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21",       \
           "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28")
@@ -201,6 +210,7 @@ inline void multiply_codes(const uint8_t* codes, const int8_t* x, const Starts& 
     }
 }
 
+#undef FETCH_NEXT
 #undef SPREAD
 #undef LOAD
 #undef MULTIPLY

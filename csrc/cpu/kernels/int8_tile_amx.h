@@ -32,6 +32,14 @@ struct Unit {
     const float* x_sums;  // [parts][tokens], where weights have minimums
 };
 
+// Asks for a slice of what the next unit loads: its tiles would wait for it.
+template <typename Strips>
+inline __attribute__((always_inline)) void fetch_slice(const int8_t* x, int64_t slice) {
+    constexpr int64_t kBytes = kUnitTokens<Strips> * kGroupCols / (4 * kUnitProducts<Strips>);
+    GEMMA2_FAST_UNROLL
+    for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(x + slice * kBytes + i);
+}
+
 inline void load_activations(const int8_t* x, int64_t row_bytes, int64_t col_bytes) {
     _tile_loadd(2, x, kGroupCols);
     _tile_loadd(3, x + col_bytes, kGroupCols);
@@ -136,6 +144,8 @@ inline __attribute__((always_inline)) void add_rows(const Unit& unit, int64_t ro
         if constexpr (Strips::kMinimums)
             minimums[part] = _mm512_loadu_ps(unit.group.minimums + part * kStripRows + row);
     }
+    const float* x_scales = unit.tokens.scales();
+    float* out = unit.tokens.out + row;
     multiply([&](int64_t slice) __attribute__((always_inline)) {
         GEMMA2_FAST_UNROLL
         for (int64_t i = 0; i < kSliceTokens; ++i) {
@@ -155,9 +165,8 @@ inline __attribute__((always_inline)) void add_rows(const Unit& unit, int64_t ro
                 value = part == 0 && !Strips::kMinimums ? _mm512_mul_ps(sum, scales[0])
                                                         : _mm512_fmadd_ps(sum, scales[part], value);
             }
-            float* place = unit.tokens.out + t * kStripRows + row;
-            const __m512 x_scale = _mm512_set1_ps(unit.tokens.scales()[t]);
-            _mm512_storeu_ps(place, _mm512_fmadd_ps(value, x_scale, _mm512_loadu_ps(place)));
+            float* total = out + t * kStripRows;
+            _mm512_storeu_ps(total, _mm512_fmadd_ps(value, _mm512_set1_ps(x_scales[t]), _mm512_loadu_ps(total)));
         }
         asm volatile("" : : : "memory");  // keeps the slice where it is
     });
@@ -174,9 +183,10 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
     const int64_t num_units = (num_tokens + kTokens - 1) / kTokens;
     fetch.split(num_groups * num_units);
     Unit unit{}, last;
+    TileTokens next = tokens_of(0);
     int64_t group = 0, first_token = 0;
     for (int64_t i = 0; i < num_groups * num_units; ++i) {
-        const TileTokens tokens = tokens_of(group).after(first_token);
+        const TileTokens tokens = next;
         last = unit;
         unit = {groups[group], tokens, outlier_bits(tokens.has_outliers(), min(num_tokens - first_token, kTokens)),
                 x_sums[i % 2]};
@@ -184,6 +194,8 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
             first_token = 0;
             ++group;
         }
+        next = tokens_of(group).after(first_token);
+        const int8_t* next_codes = next.codes();
         if constexpr (Strips::kMinimums) sum_activations<Strips>(tokens, x_sums[i % 2]);
         fetch.next();
         if constexpr (Strips::kParts == 1)
@@ -192,7 +204,11 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
             load_activations(tokens.codes(), 2 * kPartCols<Strips>, kPartCols<Strips>);
         const auto multiply = [&](int64_t row) __attribute__((always_inline)) {
             return [&, row](auto between) __attribute__((always_inline)) {
-                multiply_rows<Strips>(unit.group.codes + row * 4, tokens.codes(), sums[row / kAmxRows % 2], between);
+                const auto fetch_and = [&](int64_t slice) __attribute__((always_inline)) {
+                    fetch_slice<Strips>(next_codes, row / kAmxRows * kUnitProducts<Strips> + slice);
+                    between(slice);
+                };
+                multiply_rows<Strips>(unit.group.codes + row * 4, tokens.codes(), sums[row / kAmxRows % 2], fetch_and);
             };
         };
         if (i == 0)
