@@ -10,11 +10,11 @@ namespace {
 
 constexpr int64_t kAmxRows = 16;
 
-// While one lives, this thread's first num_sums tiles hold sums, 6 and 7 weights, those between activations: steps of
-// part_cols columns, 64 at most.
+// While one lives, this thread's first num_sums tiles hold sums, 6 and 7 weights, those between activations: of up to
+// sixteen tokens, and steps of part_cols columns, 64 at most.
 class AmxTiles {
   public:
-    explicit AmxTiles(int64_t part_cols, int num_sums = 4) {
+    explicit AmxTiles(int64_t part_cols, int num_sums = 4, int64_t num_tokens = kAmxRows) {
         struct {
             uint8_t palette = 1, start_row = 0;
             uint8_t reserved[14] = {};
@@ -25,7 +25,7 @@ class AmxTiles {
         const int64_t step_cols = part_cols < 64 ? part_cols : 64;
         for (int tile = 0; tile < 8; ++tile) {
             config.row_bytes[tile] = static_cast<uint16_t>(tile >= num_sums && tile < 6 ? step_cols : 64);
-            config.rows[tile] = static_cast<uint8_t>(tile > 5 ? step_cols / 4 : kAmxRows);
+            config.rows[tile] = static_cast<uint8_t>(tile > 5 ? step_cols / 4 : num_tokens);
         }
         // GCC takes the intrinsic to read eight bytes, and would leave out the stores of the others.
         asm volatile("" : : "m"(config));

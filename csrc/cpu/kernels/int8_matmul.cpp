@@ -6,10 +6,10 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
-// The sums of kTokensAtOnce tokens stay in a first-level cache beside a group of weights. Fewer tokens than
-// kFewestAmxTokens are faster by vectors, which need not work for absent ones.
+// The sums of kTokensAtOnce tokens stay in a first-level cache beside a group of weights.
 #if defined(__AMX_INT8__)
-constexpr int64_t kTokensAtOnce = 64, kFewestAmxTokens = kMostUnpaddedTokens + 1;
+constexpr int64_t kTokensAtOnce = 64;
+constexpr int64_t kFewestAmxTokens = 5;  // fewer are faster by vectors
 #else
 constexpr int64_t kTokensAtOnce = 48;
 #endif
@@ -25,22 +25,28 @@ struct Scratch {
     float* sums;          // [strips][tokens][64]
 };
 
+// What multiplies: vectors, or matrix tiles that hold few tokens or some of many.
+enum class By { kVectors, kFewTiles, kTiles };
+
 int64_t padded(int64_t num_tokens) { return divide_up(num_tokens, kQuantizedTokens) * kQuantizedTokens; }
 
 // Tokens [first, first + count) with groups [begin, end). Weights that come later are fetched little by little:
 // `fetch`, or, of a block that reads its weights for the first time and needs them soon, what is just ahead.
-template <typename Strips, bool kByTiles, bool kFetchesAhead>
+template <typename Strips, By kBy, bool kFetchesAhead>
 void multiply_block(const Group* groups, int64_t begin, int64_t end, const QuantizedRows& x, int64_t first,
                     int64_t count, Fetch fetch, float* sums) {
-    const int64_t num_sums = (kByTiles ? padded(count) : count) * kStripRows;
+    const int64_t num_sums = (kBy == By::kTiles ? padded(count) : count) * kStripRows;
     if (begin == 0) std::memset(sums, 0, static_cast<std::size_t>(num_sums) * sizeof(float));
     const auto tokens_of = [&](int64_t g) { return TileTokens{&x, (begin + g) * x.token_stride + first, sums}; };
-    if constexpr (kByTiles) {
 #if defined(__AMX_INT8__)
-        multiply_groups_by_tiles<Strips>(groups, end - begin, count, tokens_of, fetch);
-#endif
+    if constexpr (kBy == By::kTiles)
+        return multiply_groups_by_tiles<Strips>(groups, end - begin, count, tokens_of, fetch);
+    if constexpr (kBy == By::kFewTiles) {
+        for (int64_t g = 0; g < end - begin; ++g)
+            multiply_few_by_tiles<Strips, Strips::kInPlace>(groups[g], tokens_of(g), count);
         return;
     }
+#endif
     const int64_t num_tiles = divide_up(count, kTileTokens), fewest = count / num_tiles, rest = count % num_tiles;
     fetch.split(num_tiles * (end - begin));
     for (int64_t g = 0; g < end - begin; ++g) {
@@ -58,7 +64,7 @@ void multiply_block(const Group* groups, int64_t begin, int64_t end, const Quant
 }
 
 // All groups of some strips: sums[i] are those of strip i. Strips share the passes over x, which is larger than they.
-template <typename Strips, bool kByTiles>
+template <typename Strips, By kBy>
 void multiply_strips(const std::byte* strips, int64_t num_strips, int64_t strip_bytes, int64_t cols,
                      const QuantizedRows& x, int64_t first, int64_t count, const Scratch& scratch) {
     const int64_t num_groups = divide_up(cols, kGroupCols), num_blocks = divide_up(count, kTokensAtOnce);
@@ -73,11 +79,11 @@ void multiply_strips(const std::byte* strips, int64_t num_strips, int64_t strip_
                 GroupBuffer& buffer = scratch.groups[g - chunk];
                 groups[g - chunk] = Strips::unpack(weights, g, cols, buffer);
 #if defined(__AMX_INT8__)
-                if constexpr (kByTiles) groups[g - chunk] = centred<Strips>(groups[g - chunk], buffer);
+                if constexpr (kBy == By::kTiles) groups[g - chunk] = centred<Strips>(groups[g - chunk], buffer);
 #endif
             }
             if (num_blocks == 1) {
-                multiply_block<Strips, kByTiles, true>(groups, chunk, chunk_end, x, first, count, {}, sums);
+                multiply_block<Strips, kBy, true>(groups, chunk, chunk_end, x, first, count, {}, sums);
                 continue;
             }
             const bool last_strip = strip + 1 == num_strips, last_chunk = chunk_end == num_groups;
@@ -87,9 +93,9 @@ void multiply_strips(const std::byte* strips, int64_t num_strips, int64_t strip_
             Fetch fetch{later, (chunk_end - chunk) * group_bytes};
             fetch.split(num_blocks);
             for (int64_t block = 0; block < count; block += kTokensAtOnce)
-                multiply_block<Strips, kByTiles, false>(groups, chunk, chunk_end, x, first + block,
-                                                        min(kTokensAtOnce, count - block), fetch.take(),
-                                                        sums + block * kStripRows);
+                multiply_block<Strips, kBy, false>(groups, chunk, chunk_end, x, first + block,
+                                                   min(kTokensAtOnce, count - block), fetch.take(),
+                                                   sums + block * kStripRows);
         }
 }
 
@@ -134,13 +140,23 @@ void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strip
         const int64_t count = min(kMostTokens, num_tokens - first);
         with_strips(weight.type, [&]<typename Strips>() {
             const std::byte* strips = weight.data + first_strip * bytes;
+            const auto multiply = [&]<By kBy>() {
+                multiply_strips<Strips, kBy>(strips, num_strips, bytes, weight.cols, x, first, count, parts);
+            };
 #if defined(__AMX_INT8__)
-            if (num_tokens >= kFewestAmxTokens) {
-                const AmxTiles tiles(kGroupCols / Strips::kParts, kSumTiles);
-                return multiply_strips<Strips, true>(strips, num_strips, bytes, weight.cols, x, first, count, parts);
+            constexpr int64_t kPartCols = kGroupCols / Strips::kParts;
+            if constexpr (Strips::kParts == 1) {
+                if (num_tokens >= kFewestAmxTokens && num_tokens <= kAmxRows) {
+                    const AmxTiles tiles(kPartCols, kSumTiles, num_tokens);
+                    return multiply.template operator()<By::kFewTiles>();
+                }
+            }
+            if (num_tokens > kMostUnpaddedTokens) {
+                const AmxTiles tiles(kPartCols, kSumTiles);
+                return multiply.template operator()<By::kTiles>();
             }
 #endif
-            multiply_strips<Strips, false>(strips, num_strips, bytes, weight.cols, x, first, count, parts);
+            multiply.template operator()<By::kVectors>();
         });
         for (int64_t strip = 0; strip < num_strips; ++strip) {
             const int64_t num_rows = min(kStripRows, weight.rows - (first_strip + strip) * kStripRows);

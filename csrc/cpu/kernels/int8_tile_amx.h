@@ -13,8 +13,6 @@ namespace {
 // Activations of a unit stay in tiles while all rows of the strip pass, sixteen at a time.
 template <typename Strips>
 inline constexpr int64_t kUnitTokens = Strips::kParts == 1 ? 2 * kAmxRows : kAmxRows;
-template <typename Strips>
-inline constexpr int64_t kPartCols = kGroupCols / Strips::kParts;
 // int32 sums of sixteen rows: [parts][tokens][16].
 template <typename Strips>
 inline constexpr int64_t kUnitSums = Strips::kParts * kUnitTokens<Strips> * kAmxRows;
@@ -69,11 +67,11 @@ inline __attribute__((always_inline)) void multiply_rows(const uint8_t* codes, c
         _tile_stored(0, sums, kRowBytes);
         _tile_stored(1, sums + kTile, kRowBytes);
     } else {
+        constexpr int64_t kPartCols = kGroupCols / Strips::kParts;
         constexpr int64_t kPartCodes = kGroupCodes / Strips::kParts;
         GEMMA2_FAST_UNROLL
         for (int64_t part = 0; part < Strips::kParts; part += 4) {
-            if constexpr (Strips::kParts > 4)
-                load_activations(x + part * kPartCols<Strips>, 2 * kPartCols<Strips>, kPartCols<Strips>);
+            if constexpr (Strips::kParts > 4) load_activations(x + part * kPartCols, 2 * kPartCols, kPartCols);
             _tile_loadd(6, codes + part * kPartCodes, kStepCodes);
             _tile_zero(0);
             _tile_dpbssd(0, 2, 6);
@@ -98,10 +96,15 @@ inline __attribute__((always_inline)) void multiply_rows(const uint8_t* codes, c
     }
 }
 
+// Which of the first `count` tokens of a unit have outliers.
+template <int64_t kTokens>
 inline uint32_t outlier_bits(const uint8_t* has_outliers, int64_t count) {
-    const __m256i flags = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(has_outliers));
-    const uint32_t bits = _mm256_movemask_epi8(_mm256_slli_epi16(flags, 7));
-    return count < 32 ? bits & ((uint32_t{1} << count) - 1) : bits;
+    uint32_t bits = 0;
+    for (int64_t t = 0; t < kTokens; t += 16) {
+        const __m128i flags = _mm_loadu_si128(reinterpret_cast<const __m128i*>(has_outliers + t));
+        bits |= static_cast<uint32_t>(_mm_movemask_epi8(_mm_slli_epi16(flags, 7))) << t;
+    }
+    return count < kTokens ? bits & ((uint32_t{1} << count) - 1) : bits;
 }
 
 // As add_outliers of int8_tile.h, for sixteen rows and codes that count from zero.
@@ -177,7 +180,7 @@ inline __attribute__((always_inline)) void add_rows(const Unit& unit, int64_t ro
 template <typename Strips, typename TokensOf>
 __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int64_t num_groups, int64_t num_tokens,
                                                         TokensOf tokens_of, Fetch fetch) {
-    constexpr int64_t kTokens = kUnitTokens<Strips>;
+    constexpr int64_t kTokens = kUnitTokens<Strips>, kPartCols = kGroupCols / Strips::kParts;
     alignas(64) int32_t sums[2][kUnitSums<Strips>];
     alignas(64) float x_sums[2][Strips::kParts * kTokens];
     const int64_t num_units = (num_tokens + kTokens - 1) / kTokens;
@@ -188,7 +191,7 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
     for (int64_t i = 0; i < num_groups * num_units; ++i) {
         const TileTokens tokens = next;
         last = unit;
-        unit = {groups[group], tokens, outlier_bits(tokens.has_outliers(), min(num_tokens - first_token, kTokens)),
+        unit = {groups[group], tokens, outlier_bits<kTokens>(tokens.has_outliers(), num_tokens - first_token),
                 x_sums[i % 2]};
         if (first_token += kTokens; first_token >= num_tokens) {
             first_token = 0;
@@ -201,7 +204,7 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
         if constexpr (Strips::kParts == 1)
             load_activations(tokens.codes(), kAmxRows * kGroupCols, kGroupCols / 2);
         else if constexpr (Strips::kParts == 4)
-            load_activations(tokens.codes(), 2 * kPartCols<Strips>, kPartCols<Strips>);
+            load_activations(tokens.codes(), 2 * kPartCols, kPartCols);
         const auto multiply = [&](int64_t row) __attribute__((always_inline)) {
             return [&, row](auto between) __attribute__((always_inline)) {
                 const auto fetch_and = [&](int64_t slice) __attribute__((always_inline)) {
@@ -223,6 +226,48 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
         GEMMA2_FAST_UNROLL
         for (int64_t slice = 0; slice < kUnitProducts<Strips>; ++slice) between(slice);
     });
+}
+
+// Up to sixteen tokens and one group, whose codes stay where they are and as they are: memory is waited for, not these.
+template <typename Strips, bool kFetches>
+__attribute__((noinline)) void multiply_few_by_tiles(const Group& group, const TileTokens& tokens, int64_t num_tokens) {
+    static_assert(Strips::kParts == 1 && !Strips::kMinimums);
+    constexpr int64_t kRowBytes = kStripRows * sizeof(int32_t);
+    alignas(64) int32_t sums[kAmxRows * kStripRows];
+    _tile_loadd(2, tokens.codes(), kGroupCols);
+    _tile_loadd(3, tokens.codes() + kGroupCols / 2, kGroupCols);
+    for (int64_t row = 0; row < kStripRows; row += 2 * kAmxRows) {
+        const uint8_t* codes = group.codes + row * 4;
+        if constexpr (kFetches)
+            for (int64_t i = 0; i < kGroupCodes / 2; i += 64) fetch_ahead(group.codes + row * kGroupCols + i);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_loadd(6, codes, kStepCodes);
+        _tile_dpbsud(0, 2, 6);
+        _tile_loadd(7, codes + kAmxRows * 4, kStepCodes);
+        _tile_dpbsud(1, 2, 7);
+        _tile_loadd(6, codes + kGroupCodes / 2, kStepCodes);
+        _tile_dpbsud(0, 3, 6);
+        _tile_loadd(7, codes + kGroupCodes / 2 + kAmxRows * 4, kStepCodes);
+        _tile_dpbsud(1, 3, 7);
+        _tile_stored(0, sums + row, kRowBytes);
+        _tile_stored(1, sums + row + kAmxRows, kRowBytes);
+    }
+    for_outliers(tokens, num_tokens,
+                 [&](int64_t t) { add_outliers<Strips>(group.codes, tokens.outliers()[t], 0, sums + t * kStripRows); });
+    __m512 scales[4];
+    for (int64_t v = 0; v < 4; ++v) scales[v] = _mm512_loadu_ps(group.scales + v * kAmxRows);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+        const __m512i start = _mm512_set1_epi32(-Strips::kZero * tokens.sums()[t]);
+        const __m512 x_scale = _mm512_set1_ps(tokens.scales()[t]);
+        GEMMA2_FAST_UNROLL
+        for (int64_t v = 0; v < 4; ++v) {
+            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + t * kStripRows + v * kAmxRows), start);
+            float* total = tokens.out + t * kStripRows + v * kAmxRows;
+            const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales[v]);
+            _mm512_storeu_ps(total, _mm512_fmadd_ps(value, x_scale, _mm512_loadu_ps(total)));
+        }
+    }
 }
 
 // A group whose codes count from zero, which makes them signed; in `buffer`, where the group may already be.
