@@ -25,7 +25,8 @@ from tests.ops.stored_weights import (
 from tests.support.closeness import assert_close, assert_rejected
 
 QUANTISED = [name for name in FORMATS if name not in PLAIN_FORMATS]
-# A strip has 64 rows; a register tile 1 to 6 tokens, matrix units 32 from nine on, a block 48 or 64; a pass 512.
+# A strip has 64 rows; a register tile 1 to 6 tokens, matrix units 5 to 16 at once or 16 or 32 of more; a block 48 or
+# 64; a pass 512.
 ROWS = [1, 64, 67, 130]
 TOKENS = [*range(1, 20), 31, 32, 33, 40, 41, 48, 49, 63, 64, 65, 70, 97, 129]
 PART_COLS = {"INT8_G128": 128, "INT4_G32": 128, "Q6_K": 16}  # columns that share a weight scale, where not 32
