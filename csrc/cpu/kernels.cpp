@@ -35,6 +35,7 @@ void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strip
                  int64_t num_tokens, float* out, int64_t out_stride, float* scratch);
 void attention(const AttentionTask& task, float* scratch);
 extern const Ceilings ceilings;
+int64_t int8_matmul_scratch_floats(int64_t num_tokens);
 }  // namespace isa_avx512_amx
 
 namespace {
@@ -51,6 +52,7 @@ Kernels avx512_amx_kernels() {
     Kernels kernels = isa_avx512_vnni::kernels;
     kernels.instruction_set = InstructionSet::kAvx512Amx;
     kernels.int8_matmul = isa_avx512_amx::int8_matmul;
+    kernels.int8_matmul_scratch_floats = isa_avx512_amx::int8_matmul_scratch_floats;
     kernels.attention = isa_avx512_amx::attention;
     return kernels;
 }

@@ -9,7 +9,7 @@ namespace {
 // The sums of kTokensAtOnce tokens stay in a first-level cache beside a group of weights.
 #if defined(__AMX_INT8__)
 constexpr int64_t kTokensAtOnce = 64;
-constexpr int64_t kFewestAmxTokens = 5;  // fewer are faster by vectors
+constexpr int64_t kFewestAmxTokens = 5;  // of formats of one part; fewer are faster by vectors
 #else
 constexpr int64_t kTokensAtOnce = 48;
 #endif
@@ -37,28 +37,27 @@ void multiply_block(const Group* groups, int64_t begin, int64_t end, const Quant
                     int64_t count, Fetch fetch, float* sums) {
     const int64_t num_sums = (kBy == By::kTiles ? padded(count) : count) * kStripRows;
     if (begin == 0) std::memset(sums, 0, static_cast<std::size_t>(num_sums) * sizeof(float));
-    const auto tokens_of = [&](int64_t g) { return TileTokens{&x, (begin + g) * x.token_stride + first, sums}; };
+    const TileTokens tokens{&x, begin * x.token_stride + first, sums};
 #if defined(__AMX_INT8__)
-    if constexpr (kBy == By::kTiles)
-        return multiply_groups_by_tiles<Strips>(groups, end - begin, count, tokens_of, fetch);
+    if constexpr (kBy == By::kTiles) return multiply_groups_by_tiles<Strips>(groups, end - begin, tokens, count, fetch);
     if constexpr (kBy == By::kFewTiles) {
         for (int64_t g = 0; g < end - begin; ++g)
-            multiply_few_by_tiles<Strips, Strips::kInPlace>(groups[g], tokens_of(g), count);
+            multiply_few_by_tiles<Strips, Strips::kInPlace>(groups[g], tokens.of_later_group(g), count);
         return;
     }
 #endif
     const int64_t num_tiles = divide_up(count, kTileTokens), fewest = count / num_tiles, rest = count % num_tiles;
     fetch.split(num_tiles * (end - begin));
     for (int64_t g = 0; g < end - begin; ++g) {
-        TileTokens tokens = tokens_of(g);
+        TileTokens of_tile = tokens.of_later_group(g);
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
             const int64_t num_tokens = fewest + (tile < rest ? 1 : 0);
             fetch.next();
             if (kFetchesAhead && Strips::kInPlace && tile == 0)
-                run_int8_tile<Strips, Strips::kInPlace>(num_tokens, groups[g], tokens);
+                run_int8_tile<Strips, Strips::kInPlace>(num_tokens, groups[g], of_tile);
             else
-                run_int8_tile<Strips, false>(num_tokens, groups[g], tokens);
-            tokens = tokens.after(num_tokens);
+                run_int8_tile<Strips, false>(num_tokens, groups[g], of_tile);
+            of_tile = of_tile.after(num_tokens);
         }
     }
 }

@@ -24,6 +24,7 @@ struct TileTokens {
     const int32_t* sums() const { return rows->sums + place; }
     const int32_t* part_sums() const { return rows->part_sums + place * kMaxParts; }
     TileTokens after(int64_t count) const { return {rows, place + count, out + count * kStripRows}; }
+    TileTokens of_later_group(int64_t count) const { return {rows, place + count * rows->token_stride, out}; }
 };
 
 // Memory that is asked for in equal steps. It need not exist.
@@ -100,16 +101,7 @@ inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) { return _mm512
 // four a token; zmm24 to 27 the codes of four columns and 64 rows, at last the scales of rows; zmm28 what belongs to a
 // token.
 // clang-format off
-// What comes next: the sums of this tile, which memory has to bring, and the activations of the next.
-#define FETCH_NEXT(t)                            \
-    "prefetcht0 " #t "*256(%[out])\n"            \
-    "prefetcht0 " #t "*256+64(%[out])\n"         \
-    "prefetcht0 " #t "*256+128(%[out])\n"        \
-    "prefetcht0 " #t "*256+192(%[out])\n"        \
-    "prefetcht0 " #t "*128+%c[next](%[x])\n"     \
-    "prefetcht0 " #t "*128+%c[next]+64(%[x])\n"
 #define SPREAD(t, a, b, c, d)                        \
-    FETCH_NEXT(t)                                    \
     "vpbroadcastd " #t "*4(%[start]), %%zmm" #a "\n" \
     "vmovdqa64 %%zmm" #a ", %%zmm" #b "\n"           \
     "vmovdqa64 %%zmm" #a ", %%zmm" #c "\n"           \
@@ -176,9 +168,9 @@ inline Int32s add_pair_products(Int32s sums, Int32s a, Int32s b) { return _mm512
         "vmovups 64(%[scales]), %%zmm25\n"                                                                         \
         "vmovups 128(%[scales]), %%zmm26\n"                                                                        \
         "vmovups 192(%[scales]), %%zmm27\n" TOKENS(ADD)                                                            \
-        : [codes] "+r"(codes), [x] "+r"(x)                                                                         \
+        : [codes] "+&r"(codes), [x] "+&r"(x)                                                                       \
         : [end] "r"(codes + kSteps * kStepCodes), [start] "r"(starts.of_tokens), [of_rows] "r"(starts.of_rows),    \
-          [scales] "r"(scales), [x_scales] "r"(x_scales), [out] "r"(out), [ahead] "i"(kFetchBytes), [next] "i"(kTokens * kGroupCols)                 \
+          [scales] "r"(scales), [x_scales] "r"(x_scales), [out] "r"(out), [ahead] "i"(kFetchBytes)                 \
         : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", \
           "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21",       \
           "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28")
@@ -210,7 +202,6 @@ inline void multiply_codes(const uint8_t* codes, const int8_t* x, const Starts& 
     }
 }
 
-#undef FETCH_NEXT
 #undef SPREAD
 #undef LOAD
 #undef MULTIPLY
@@ -413,6 +404,16 @@ inline void add_minimums(const Group& group, const TileTokens& tokens, float* va
     }
 }
 
+// What memory has to bring soon: the sums of a tile, and the activations of the next.
+template <int kTokens>
+inline void fetch_next(const TileTokens& tokens) {
+    GEMMA2_FAST_UNROLL
+    for (int64_t i = 0; i < kTokens * kStripRows; i += 16) __builtin_prefetch(tokens.out + i);
+    GEMMA2_FAST_UNROLL
+    for (int64_t i = 0; i < kTokens * kGroupCols; i += 64)
+        __builtin_prefetch(tokens.codes() + kTokens * kGroupCols + i);
+}
+
 // out += x_scale * (sum over parts of minimum * sum of x + sum over parts of scale * sum), in this order.
 template <typename Strips, bool kFetches, int kTokens>
 __attribute__((noinline)) void int8_tile(const Group& group, const TileTokens& tokens) {
@@ -421,6 +422,7 @@ __attribute__((noinline)) void int8_tile(const Group& group, const TileTokens& t
     static_assert(!kWhole || !Strips::kMinimums);
     alignas(64) int32_t of_rows[kTokens * kStripRows];
     alignas(64) float values[kTokens * kStripRows];
+    fetch_next<kTokens>(tokens);
     if constexpr (Strips::kMinimums)
         add_minimums<Strips, kTokens>(group, tokens, values);
     else if constexpr (!kWhole)

@@ -1,5 +1,5 @@
-// The int8 tile by matrix units, for many tokens. Sums and their float32 order are those of int8_tile.h, so the results
-// are the same bits.
+// The int8 tile by matrix units, for five tokens and more. Sums and their float32 order are those of int8_tile.h, so
+// the results are the same bits.
 #pragma once
 
 #include "cpu/kernels/amx_tiles.h"
@@ -10,7 +10,8 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
-// Activations of a unit stay in tiles while all rows of the strip pass, sixteen at a time.
+// Activations of a unit stay in tiles while all rows of the strip pass, sixteen at a time; those of eight parts have no
+// room and are loaded again.
 template <typename Strips>
 inline constexpr int64_t kUnitTokens = Strips::kParts == 1 ? 2 * kAmxRows : kAmxRows;
 // int32 sums of sixteen rows: [parts][tokens][16].
@@ -177,16 +178,16 @@ inline __attribute__((always_inline)) void add_rows(const Unit& unit, int64_t ro
 
 // Multiplies tokens and consecutive groups, whose codes count from zero. Whole units are computed, of which the last
 // may have absent tokens. While tiles multiply sixteen rows, vectors add up the sixteen before.
-template <typename Strips, typename TokensOf>
-__attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int64_t num_groups, int64_t num_tokens,
-                                                        TokensOf tokens_of, Fetch fetch) {
+template <typename Strips>
+__attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int64_t num_groups,
+                                                        const TileTokens& block, int64_t num_tokens, Fetch fetch) {
     constexpr int64_t kTokens = kUnitTokens<Strips>, kPartCols = kGroupCols / Strips::kParts;
     alignas(64) int32_t sums[2][kUnitSums<Strips>];
     alignas(64) float x_sums[2][Strips::kParts * kTokens];
     const int64_t num_units = (num_tokens + kTokens - 1) / kTokens;
     fetch.split(num_groups * num_units);
     Unit unit{}, last;
-    TileTokens next = tokens_of(0);
+    TileTokens next = block;
     int64_t group = 0, first_token = 0;
     for (int64_t i = 0; i < num_groups * num_units; ++i) {
         const TileTokens tokens = next;
@@ -197,7 +198,7 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
             first_token = 0;
             ++group;
         }
-        next = tokens_of(group).after(first_token);
+        next = block.of_later_group(group).after(first_token);
         const int8_t* next_codes = next.codes();
         if constexpr (Strips::kMinimums) sum_activations<Strips>(tokens, x_sums[i % 2]);
         fetch.next();
@@ -275,8 +276,10 @@ template <typename Strips>
 inline Group centred(const Group& group, GroupBuffer& buffer) {
     if constexpr (Strips::kZero == 0) return group;
     const __m512i zero = _mm512_set1_epi8(static_cast<char>(Strips::kZero));
-    for (int64_t i = 0; i < kGroupCodes; i += 64)
+    for (int64_t i = 0; i < kGroupCodes; i += 64) {
+        if constexpr (Strips::kInPlace) fetch_ahead(group.codes + i);
         _mm512_store_si512(buffer.codes + i, _mm512_sub_epi8(_mm512_loadu_si512(group.codes + i), zero));
+    }
     return {buffer.codes, group.scales, group.minimums};
 }
 

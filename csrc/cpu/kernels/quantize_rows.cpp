@@ -13,7 +13,7 @@ constexpr float kOutlierRatio = 2.0f;
 
 // Per set: round_codes rounds 128 values and saturates; sum_codes adds up sixteen codes each; exchange_halves gives
 // lane i what lane i + lanes has, and the other way round.
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
 inline void round_codes(const float* x, float factor, int8_t* codes) {
     // Packing works on quarters of registers: what comes out is in the order of quarters.
     const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
