@@ -33,9 +33,9 @@ extern const Ceilings ceilings;
 namespace isa_avx512_amx {
 void int8_matmul(const StripView& weight, int64_t first_strip, int64_t num_strips, const QuantizedRows& x,
                  int64_t num_tokens, float* out, int64_t out_stride, float* scratch);
+int64_t int8_matmul_scratch_floats(int64_t num_tokens);
 void attention(const AttentionTask& task, float* scratch);
 extern const Ceilings ceilings;
-int64_t int8_matmul_scratch_floats(int64_t num_tokens);
 }  // namespace isa_avx512_amx
 
 namespace {

@@ -18,6 +18,7 @@ constexpr int64_t kChunkGroups = 6;
 // Sums of all tokens wait in a second-level cache between chunks; what has more reads the weights again.
 constexpr int64_t kMostTokens = 512;
 
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 struct Scratch {

@@ -9,8 +9,6 @@
 GEMMA2_FAST_BEGIN_ISA
 namespace {
 
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Activations of consecutive tokens in one group of columns, and the sums that take the products.
 struct TileTokens {
     const QuantizedRows* rows;
