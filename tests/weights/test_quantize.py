@@ -18,7 +18,7 @@ import pytest
 
 from gemma2_fast.errors import CapacityError, FileFormatError, RequestError, WeightsError
 from gemma2_fast.quant import FORMATS
-from gemma2_fast.weights import new_directory, quantize
+from gemma2_fast.weights import new_directory, quantize, writer
 from gemma2_fast.weights.load import load_checkpoint
 from gemma2_fast.weights.mapped_file import drop_pages, map_file
 from gemma2_fast.weights.origin import Origin
@@ -263,6 +263,7 @@ def killed_half_way(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """What a process leaves that is killed while it writes."""
     with monkeypatch.context() as patched:
         patched.setattr(new_directory.shutil, "rmtree", lambda *_, **__: None)
+        patched.setattr(writer, "WRITE_BYTES", 64)
         with failing_write(patched, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "copy")
     return tmp_path / "copy.unfinished"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import safetensors
 
 from gemma2_fast.errors import FileFormatError
 from gemma2_fast.quant import FORMATS
+from gemma2_fast.weights.mapped_file import map_file
 from gemma2_fast.weights.safetensors import read_safetensors, read_safetensors_directory
 from gemma2_fast.weights.tensor import Tensor
 from gemma2_fast.weights.writer import TensorSource, write_quantized
@@ -98,6 +102,34 @@ def test_only_whole_known_tensors_are_written(tmp_path: Path) -> None:
         write_quantized(tmp_path, {"w": short}, ORIGIN)
     with pytest.raises(FileFormatError, match="may be called '__metadata__'"):
         write_quantized(tmp_path, {"__metadata__": TensorSource.of(few_tensors()["norm"])}, ORIGIN)
+
+
+def pmd_mapped_bytes(path: Path) -> int:
+    """What of a mapping of the file, every page touched, lies on huge pages."""
+    mapped = map_file(path, "any")
+    assert mapped[:: mmap.PAGESIZE].sum() > 0
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            found = line.endswith(str(path))
+        elif found and line.startswith("FilePmdMapped:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError(f"{path} is not mapped")
+
+
+def test_large_tensors_are_written_so_that_they_are_mapped_on_huge_pages(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(1, 255, 48 << 20, np.uint8)
+    pieces = [data[first : first + 3_000_001] for first in range(0, data.size, 3_000_001)]
+    source = TensorSource((data.size // 4,), FORMATS["F32"], lambda: pieces)
+    write_quantized(tmp_path, {"w": source}, ORIGIN)
+    path = tmp_path / "model.safetensors"
+    assert np.array_equal(read_safetensors(path).tensors["w"].data, data)
+    if sys.platform == "linux":  # as many as of a file written in the way that suits this system best, here none maybe
+        best = tmp_path / "best"
+        with best.open("wb", buffering=0) as file:
+            for first in range(0, data.size, 4 << 20):
+                file.write(data[first : first + (4 << 20)])
+        assert pmd_mapped_bytes(path) >= pmd_mapped_bytes(best) // 2
 
 
 def change(**metadata: str | None) -> Callable[[dict[str, Any]], None]:
