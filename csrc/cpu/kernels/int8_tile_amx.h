@@ -20,6 +20,9 @@ inline constexpr int64_t kUnitSums = Strips::kParts * kUnitTokens<Strips> * kAmx
 template <typename Strips>
 inline constexpr int64_t kUnitProducts = Strips::kParts == 8 ? 8 : 4;
 
+// How far ahead of the reads weights are brought from the second-level cache to the first: a group and its scales.
+constexpr int64_t kNearFetchBytes = sizeof(Int8G128Block);
+
 // Tiles hold two sums, four activations and two weights.
 constexpr int kSumTiles = 2;
 
@@ -229,7 +232,8 @@ __attribute__((noinline)) void multiply_groups_by_tiles(const Group* groups, int
     });
 }
 
-// Up to sixteen tokens and one group, whose codes stay where they are and as they are: memory is waited for, not these.
+// Up to sixteen tokens and one group, whose codes stay where they are and as they are. Memory is waited for: after each
+// product, an eighth of the weights of a later group is asked for, and brought near from where an earlier call put it.
 template <typename Strips, bool kFetches>
 __attribute__((noinline)) void multiply_few_by_tiles(const Group& group, const TileTokens& tokens, int64_t num_tokens) {
     static_assert(Strips::kParts == 1 && !Strips::kMinimums);
@@ -237,20 +241,34 @@ __attribute__((noinline)) void multiply_few_by_tiles(const Group& group, const T
     alignas(64) int32_t sums[kAmxRows * kStripRows];
     _tile_loadd(2, tokens.codes(), kGroupCols);
     _tile_loadd(3, tokens.codes() + kGroupCols / 2, kGroupCols);
+    const uint8_t* fetched = group.codes;
+    const auto fetch_lines = [&] {
+        if constexpr (kFetches) {
+            GEMMA2_FAST_UNROLL
+            for (int64_t i = 0; i < kGroupCodes / 8; i += 64) {
+                fetch_ahead(fetched + i);
+                __builtin_prefetch(fetched + i + kNearFetchBytes);
+            }
+            fetched += kGroupCodes / 8;
+        }
+    };
+    GEMMA2_FAST_UNROLL
     for (int64_t row = 0; row < kStripRows; row += 2 * kAmxRows) {
         const uint8_t* codes = group.codes + row * 4;
-        if constexpr (kFetches)
-            for (int64_t i = 0; i < kGroupCodes / 2; i += 64) fetch_ahead(group.codes + row * kGroupCols + i);
         _tile_zero(0);
         _tile_zero(1);
         _tile_loadd(6, codes, kStepCodes);
         _tile_dpbsud(0, 2, 6);
+        fetch_lines();
         _tile_loadd(7, codes + kAmxRows * 4, kStepCodes);
         _tile_dpbsud(1, 2, 7);
+        fetch_lines();
         _tile_loadd(6, codes + kGroupCodes / 2, kStepCodes);
         _tile_dpbsud(0, 3, 6);
+        fetch_lines();
         _tile_loadd(7, codes + kGroupCodes / 2 + kAmxRows * 4, kStepCodes);
         _tile_dpbsud(1, 3, 7);
+        fetch_lines();
         _tile_stored(0, sums + row, kRowBytes);
         _tile_stored(1, sums + row + kAmxRows, kRowBytes);
     }
