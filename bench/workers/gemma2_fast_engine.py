@@ -9,6 +9,7 @@ import numpy as np
 
 import gemma2_fast
 from gemma2_fast import Generator
+from gemma2_fast.errors import TokenizerError
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
@@ -51,7 +52,11 @@ class Gemma2Fast:
         return [(int(token_id), float(logits[token_id])) for token_id in np.argsort(-logits)[:5]]
 
     def encode(self, text: str) -> list[int]:
-        return list(self._generator.tokenizer.encode(text))
+        """Its ids; of a checkpoint without a tokenizer, as with random weights, a drawn id for each word."""
+        try:
+            return list(self._generator.tokenizer.encode(text))
+        except TokenizerError:
+            return self._random(len(text.split()))
 
     def _random(self, tokens: int) -> list[int]:
         most = min(200_000, self._generator.spec.vocab_size)

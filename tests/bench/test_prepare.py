@@ -10,6 +10,7 @@ import pytest
 
 from gemma2_fast import Generator
 from gemma2_fast.bench import prepare as prepare_module
+from gemma2_fast.bench.engines import Engine, EngineSpec
 from gemma2_fast.bench.prepare import MAKERS, peer_commands, prepare
 from gemma2_fast.errors import BackendError
 from gemma2_fast.weights.load import load_checkpoint
@@ -93,3 +94,11 @@ def test_gguf_file_runs(tiny_size: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert checkpoint.matrix_formats == ("Q8_0",)
     with Generator.from_pretrained(path, num_threads=1, progress=False) as gen:
         assert gen.generate([300, 301], max_tokens=2, ignore_eos=True).text is not None
+
+
+def test_a_peer_is_checked_without_a_tokenizer(tiny_checkpoint: Path) -> None:
+    settings = {"model": str(tiny_checkpoint), "threads": 1, "max_batch": 1, "max_context": 64, "options": {}}
+    with Engine(EngineSpec("ours", "gemma2_fast", settings)) as engine:
+        ids = engine.encode("three short words")
+        assert len(ids) == 3
+        assert len(engine.likeliest(ids)) == 5
