@@ -106,7 +106,9 @@ def against_batch(axes: Any, records: Sequence[Record]) -> bool:
 
 def draw_lines(axes: Any, lines: Points) -> bool:
     for index, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, color=COLOURS[index % len(COLOURS)])
+        style = ("-", "--", ":")[index // len(COLOURS) % 3]
+        color = COLOURS[index % len(COLOURS)]
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", linestyle=style, label=name, color=color)
     if lines:
         axes.set_ylim(bottom=None if axes.get_yscale() == "log" else 0)
         axes.legend(fontsize="small")
