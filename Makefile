@@ -1,11 +1,11 @@
-# make demo · test · check · format · sanitize · tsan · wheel · bench · peers · quality · clean
+# make demo · test · check · format · sanitize · tsan · wheel · cubins · bench · peers · quality · clean
 # Set by the user where wanted: PROMPT, PYTHON, CXX, TORCH_INDEX_URL (an index of smaller, CPU-only torch builds).
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format sanitize tsan wheel bench peers quality clean programs
+.PHONY: help demo test check format sanitize tsan wheel cubins bench peers quality clean programs
 
 PROMPT ?= Water boils at
 TORCH_INDEX_URL ?=
@@ -27,7 +27,7 @@ PIP := $(PY) -m pip
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 BUILD_FROM_SOURCE := $(PIP) install --quiet --no-build-isolation --constraint constraints.txt
 EXTRA := $(PY) -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])'
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python bench -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi')
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python bench triton_kernels -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi')
 say = @printf '\n== %s\n' $(1)
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo 'make sanitize  the C++-heavy tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make tsan      the decode loop and the CPU model under ThreadSanitizer'
 	@echo 'make wheel     build sdist and wheel, and try the wheel in a clean environment'
+	@echo 'make cubins    compile the GPU kernels for every architecture, into build/cubins; needs no GPU'
 	@echo 'make bench     measure this machine, the operations and the demo model, and draw the figures'
 	@echo 'make peers     install the engines that gemma2-fast bench peers compares with (bench/README.md)'
 	@echo 'make clean     remove everything that make made'
@@ -101,7 +102,7 @@ check: $(DONE)/package $(DONE)/test
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.h')
 	rm -rf build/mypy && mkdir -p build/mypy/gemma2_fast
-	ln -sfn $(CURDIR)/python/gemma2_fast/* $(CURDIR)/bench build/mypy/gemma2_fast
+	ln -sfn $(CURDIR)/python/gemma2_fast/* $(CURDIR)/bench $(CURDIR)/triton_kernels build/mypy/gemma2_fast
 	MYPYPATH=build/mypy $(PY) -m mypy -p gemma2_fast
 	$(call say,'Fast tests')
 	$(PY) -m pytest -m 'not slow'
@@ -149,6 +150,14 @@ wheel: $(DONE)/build
 	$(PYTHON) -m venv $(TRIAL)
 	PATH="$(CURDIR)/$(TRIAL)/bin" $(TRIAL)/bin/python -m pip install --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
 	cd $(TRIAL) && PATH="$$PWD/bin" gemma2-fast generate gemma-3-270m 'Water boils at' --max-tokens 24
+
+$(DONE)/cuda: $(DONE)/build
+	$(PIP) install --quiet --constraint constraints.txt $$($(EXTRA) cuda)
+	@touch $@
+
+cubins: $(DONE)/package $(DONE)/cuda
+	$(call say,'Compiling the GPU kernels for every architecture')
+	$(PY) -m gemma2_fast.triton_kernels.build --out build/cubins
 
 # What writes the report; the peers of the same extra compile for minutes and are installed by `make peers`.
 $(DONE)/plots: $(DONE)/build

@@ -21,8 +21,8 @@ from gemma2_fast.weights.tensor import Tensor
 # Of every tensor in a file, and so in memory once it is mapped: a cache line.
 ALIGNMENT = 64
 SHARD_BYTES = 4_000_000_000
-# What is written at once, from multiples of itself on: the system then caches the file on huge pages, which a mapping of
-# it needs to be read fast (mapped_file.py).
+# What is written at once, from multiples of itself on: the system then caches the file on huge pages, which a mapping
+# of it needs to be read fast (mapped_file.py).
 WRITE_BYTES = 4 << 20
 
 

@@ -1,0 +1,150 @@
+"""Compilation for processors that this machine does not have, and what the manifest says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma2_fast.triton_kernels import build
+from gemma2_fast.triton_kernels.build import Compiled, Specialisation
+from gemma2_fast.triton_kernels.tuning import tuned
+from tests.triton_kernels.compiler import Result, compile_largest, compilers
+
+CASES = [(op, arch) for op in build.OPS for arch in build.TARGETS]
+
+
+@dataclass(frozen=True)
+class Compilation:
+    started: dict[tuple[str, int], Future[Result]]
+    start: Callable[..., Future[Result]]
+
+    def of(self, op: str, arch: int) -> Result:
+        return self.started[op, arch].result()
+
+
+@pytest.fixture(scope="module")
+def compilation() -> Iterator[Compilation]:
+    """One kernel of each op for each target, compiled side by side."""
+    with compilers() as pool:
+        start = lambda *args, **constants: pool.submit(compile_largest, *args, **constants)  # noqa: E731
+        yield Compilation({case: start(*case) for case in CASES}, start)
+
+
+@pytest.mark.parametrize(("op", "arch"), CASES)
+def test_every_kernel_compiles_and_fits(compilation: Compilation, op: str, arch: int) -> None:
+    result = compilation.of(op, arch)
+    assert result.cubin[:4] == b"\x7fELF"
+    assert f".target sm_{arch}" in result.ptx
+    assert f".entry {result.entry['symbol']}(" in result.ptx
+    assert 0 < result.registers <= 255
+    assert result.faults == []
+
+
+def test_the_parameters_are_the_arguments_and_two_scratch_pointers(compilation: Compilation) -> None:
+    result = compilation.of("geglu", 90)
+    head = result.ptx.partition(".entry")[2].partition(")")[0]
+    kinds = [line.split()[1] for line in head.splitlines() if ".param" in line]
+    assert kinds == [".u64", ".u64", ".u32", ".u64", ".u64"]
+    assert result.entry["arguments"] == [
+        {"name": "gate_up", "type": "*bf16", "divisible_by_16": False},
+        {"name": "out", "type": "*bf16", "divisible_by_16": False},
+        {"name": "width", "type": "i32", "divisible_by_16": True},
+    ]
+
+
+@pytest.mark.parametrize("op", ["attention_prefill", "attention_decode"])
+def test_a_cap_is_one_instruction(compilation: Compilation, op: str) -> None:
+    """The interpreter takes another way, so only this shows which one a GPU takes."""
+    assert "tanh.approx.f32" in compilation.of(op, 90).ptx
+    assert "tanh" not in compilation.start(op, 90, CAPPED=False).result().ptx
+
+
+@pytest.mark.parametrize("op", ["geglu", "matmul", "embed"])
+def test_loads_are_wide(compilation: Compilation, op: str) -> None:
+    """Sixteen bytes a thread: what the promises of alignment are for."""
+    ptx = compilation.of(op, 90).ptx
+    assert "v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
+
+
+def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:
+    assert "wgmma.mma_async" in compilation.of("attention_prefill", 90).ptx
+    assert "mma.sync" in compilation.of("attention_decode", 90).ptx
+
+
+def run_build(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gemma2_fast.triton_kernels.build", "--out", str(directory), *options]
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, capture_output=True, text=True, env=compiling)
+
+
+def test_the_manifest_names_every_file(tmp_path: Path) -> None:
+    done = run_build(tmp_path, "--targets", "80,90", "--ops", "geglu")
+    assert done.returncode == 0, done.stderr
+    assert "2 cubins" in done.stdout
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["version"] == build.MANIFEST_VERSION
+    assert {entry["file"] for entry in manifest["kernels"]} == {p.name for p in tmp_path.glob("*.cubin")}
+    assert {entry["arch"] for entry in manifest["kernels"]} == {80, 90}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [(["--targets", "70"], "unknown 70: expected some of (80, 89"), (["--ops", "gelu"], "unknown 'gelu'")],
+)
+def test_what_does_not_exist_is_refused(option: list[str], message: str, tmp_path: Path) -> None:
+    done = run_build(tmp_path, *option)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def geglu() -> Specialisation:
+    (only,) = build.needed(90, ["geglu"])
+    return only
+
+
+def compiled(**changes: Any) -> Compiled:
+    usual = Compiled(geglu(), 90, b"", "", {"shared_bytes": 0}, registers=30, spilled_bytes=0)
+    return replace(usual, **changes)
+
+
+def test_a_spill_is_a_fault_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(build.faults(compiled())) == []
+    (fault,) = build.faults(compiled(spilled_bytes=8))
+    assert "geglu_block1024_bf16 spills 8 bytes" in fault
+    assert list(build.faults(compiled(spilled_bytes=8, arch=80))) == []
+    monkeypatch.setitem(build.ALLOWED_SPILLS, geglu().name, "because")
+    assert list(build.faults(compiled(spilled_bytes=8))) == []
+
+
+def test_too_much_shared_memory_is_a_fault() -> None:
+    assert list(build.faults(compiled(entry={"shared_bytes": 200_000}))) == []
+    (fault,) = build.faults(compiled(entry={"shared_bytes": 200_000}, arch=89))
+    assert "takes 200000 bytes of shared memory, sm_89 has 101376" in fault
+
+
+def test_a_shape_without_block_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match="no attention_prefill for sm_90 and {'head_dim': 96}"):
+        tuned("attention_prefill", 90, head_dim=96)
+
+
+def test_every_argument_is_accounted_for() -> None:
+    whole = geglu()
+    with pytest.raises(ValueError, match="geglu: width must be an argument or a constant"):
+        replace(whole, types={k: v for k, v in whole.types.items() if k != "width"}).signature()
+    with pytest.raises(ValueError, match="the kernel has no depth"):
+        replace(whole, types={**whole.types, "depth": "i32"}).signature()
+
+
+@pytest.mark.parametrize("arch", build.TARGETS)
+def test_names_tell_all_specialisations_apart(arch: int) -> None:
+    names = [s.name for s in build.needed(arch)]
+    assert len(set(names)) == len(names)

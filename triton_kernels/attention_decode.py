@@ -1,0 +1,172 @@
+"""Attention of one to eight queries a sequence over a paged cache, the keys of a sequence split among programs.
+
+Memory bounds it, so the queries of all heads that share a kv head, and all queries of a sequence, are rows of one tile:
+each key and value is read once. The last program of a sequence and kv head to finish adds the parts up, in the order of
+the splits, so a result depends on the number of splits and on nothing else. One part alone needs no adding up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from gemma2_fast.triton_kernels.attention_prefill import HEAD_SHAPES, PAGE_TOKENS, weigh
+from gemma2_fast.triton_kernels.specialisation import Specialisation
+from gemma2_fast.triton_kernels.tuning import tuned
+
+
+@triton.jit
+def attention_decode_kernel(
+    queries, pages, num_kv_heads, block_table, table_width, first_token, context_tokens, out, parts, part_sums,
+    arrivals, query_stride, out_stride, scale, cap, window,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[t, h] = sum over s of softmax(mask(cap(scale * queries[t, h] . key[s]))) * value[s].
+
+    As attention_prefill_kernel, for sequences of at most ROWS / GROUP queries. parts [S, K, splits, ROWS, D] and
+    part_sums [S, K, splits, 2, ROWS] are float32 scratch; arrivals [S, K] int32 is zero before and after.
+    Grid: (splits, K, S).
+    """
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    begin = tl.load(first_token + sequence)
+    num_queries = tl.load(first_token + sequence + 1) - begin
+    context = tl.load(context_tokens + sequence)
+    table = block_table + sequence.to(tl.int64) * table_width
+
+    end_key = context + num_queries
+    first_key = 0
+    if WINDOWED:
+        first_key = tl.maximum(context - window + 1, 0)
+    first_block = first_key // BLOCK
+    num_blocks = tl.cdiv(end_key, BLOCK) - first_block
+    split_blocks = tl.cdiv(num_blocks, splits)
+    num_splits = tl.cdiv(num_blocks, split_blocks)
+    if split >= num_splits:
+        return
+
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    present = query < num_queries
+    dims = tl.arange(0, HEAD_DIM)
+    token = (begin + query).to(tl.int64)
+    head = (kv_head * GROUP + row % GROUP) * HEAD_DIM
+    tile = tl.load(queries + (token * query_stride + head)[:, None] + dims[None, :], mask=present[:, None], other=0.0)
+    positions = context + query
+
+    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    denominator = tl.zeros([ROWS], tl.float32)
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    first = first_block + split * split_blocks
+    end = tl.minimum(first + split_blocks, first_block + num_blocks)
+    slots = tl.arange(0, BLOCK)
+    page = tl.load(table + (first * BLOCK // PAGE) % table_width).to(tl.int64)
+    for block in range(first, end):
+        keys = block * BLOCK + slots
+        exists = (keys >= first_key) & (keys < end_key)
+        key_rows = pages + (page * 2 * num_kv_heads + kv_head) * (PAGE * HEAD_DIM) + (block * BLOCK % PAGE) * HEAD_DIM
+        value_rows = key_rows + num_kv_heads * (PAGE * HEAD_DIM)
+        later = (block + 1) * BLOCK
+        page = tl.load(table + (later // PAGE) % table_width, mask=later < end_key, other=0).to(tl.int64)
+        key = tl.load(key_rows + slots[None, :] * HEAD_DIM + dims[:, None])
+        value = tl.load(value_rows + slots[:, None] * HEAD_DIM + dims[None, :], mask=exists[:, None], other=0.0)
+        seen = exists[None, :] & (keys[None, :] <= positions[:, None])
+        if WINDOWED:
+            seen = seen & (keys[None, :] > positions[:, None] - window)
+        weights, maximum, decay = weigh(tl.dot(tile, key), seen, maximum, scale, cap, CAPPED, True)
+        if CAPPED:
+            denominator += tl.sum(weights, 1)
+        else:
+            denominator = denominator * decay + tl.sum(weights, 1)
+            sums = sums * decay[:, None]
+        sums = tl.dot(weights.to(value.dtype), value, sums)
+
+    places = out + (token * out_stride + head)[:, None] + dims[None, :]
+    if num_splits == 1:
+        denominator = tl.where(present, denominator, 1.0)
+        tl.store(places, (sums / denominator[:, None]).to(out.dtype.element_ty), mask=present[:, None])
+        return
+    pair = sequence * num_kv_heads + kv_head
+    first_part = pair.to(tl.int64) * splits
+    part = parts + ((first_part + split) * ROWS + row)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(part, sums, mask=present[:, None])
+    of_part = part_sums + (first_part + split) * (2 * ROWS) + row
+    tl.store(of_part, denominator)
+    tl.store(of_part + ROWS, maximum)
+    tl.debug_barrier()  # one thread reports what all have stored
+    if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") != num_splits - 1:
+        return
+    tl.store(arrivals + pair, 0)
+    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    denominator = tl.zeros([ROWS], tl.float32)
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    for index in range(num_splits):
+        # Past the first-level cache, which may hold what was there before.
+        part = parts + ((first_part + index) * ROWS + row)[:, None] * HEAD_DIM + dims[None, :]
+        of_part = part_sums + (first_part + index) * (2 * ROWS) + row
+        added = tl.load(part, mask=present[:, None], other=0.0, cache_modifier=".cg")
+        added_denominator = tl.load(of_part, cache_modifier=".cg")
+        if CAPPED:
+            sums += added
+            denominator += added_denominator
+        else:
+            added_maximum = tl.load(of_part + ROWS, cache_modifier=".cg")
+            highest = tl.maximum(maximum, added_maximum)
+            reference = tl.where(highest == float("-inf"), 0.0, highest)
+            decay, growth = tl.exp2(maximum - reference), tl.exp2(added_maximum - reference)
+            sums = sums * decay[:, None] + added * growth[:, None]
+            denominator = denominator * decay + added_denominator * growth
+            maximum = highest
+    denominator = tl.where(present, denominator, 1.0)
+    tl.store(places, (sums / denominator[:, None]).to(out.dtype.element_ty), mask=present[:, None])
+
+
+def attention_decode(
+    queries: Any, pages: Any, block_table: Any, first_token: Any, context_tokens: Any, out: Any, parts: Any,
+    part_sums: Any, arrivals: Any, *, query_scale: float, score_softcap: float | None, window_keys: int | None,
+    block: int = 64, num_warps: int = 4, num_stages: int = 3,
+) -> None:  # fmt: skip
+    """queries, out [T, H, D]; pages [N, 2, K, P, D]; block_table [S, table_width], first_token [S + 1] and
+    context_tokens [S] int32; parts [S, K, splits, rows, D] and part_sums [S, K, splits, 2, rows] float32; arrivals
+    [S, K] int32, zero; rows: at least 16, a power of two, and G times the queries of any sequence."""
+    _, heads, head_dim = queries.shape
+    _, _, num_kv_heads, page, _ = pages.shape
+    num_sequences, _, splits, rows, _ = parts.shape
+    attention_decode_kernel[(splits, num_kv_heads, num_sequences)](
+        queries, pages, num_kv_heads, block_table, block_table.shape[1], first_token, context_tokens, out, parts,
+        part_sums, arrivals, heads * head_dim, heads * head_dim, query_scale, score_softcap or 1.0, window_keys or 0,
+        CAPPED=score_softcap is not None, WINDOWED=window_keys is not None, GROUP=heads // num_kv_heads,
+        HEAD_DIM=head_dim, PAGE=page, ROWS=rows, BLOCK=block, num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+
+
+def specialisations(arch: int) -> Iterator[Specialisation]:
+    for head_dim, group in HEAD_SHAPES:
+        sizes = tuned("attention_decode", arch, head_dim=head_dim)
+        for capped in (False, True):
+            for windowed in (False, True):
+                yield Specialisation(
+                    op="attention_decode",
+                    kernel=attention_decode_kernel,
+                    types={
+                        **dict.fromkeys(("queries", "pages", "out"), "*bf16"),
+                        **dict.fromkeys(("block_table", "first_token", "context_tokens", "arrivals"), "*i32"),
+                        **dict.fromkeys(("parts", "part_sums"), "*fp32"),
+                        **dict.fromkeys(("num_kv_heads", "table_width", "query_stride", "out_stride", "window"), "i32"),
+                        **dict.fromkeys(("scale", "cap"), "fp32"),
+                    },
+                    constants={
+                        "CAPPED": capped, "WINDOWED": windowed, "GROUP": group, "HEAD_DIM": head_dim,
+                        "PAGE": PAGE_TOKENS, **sizes.constants,
+                    },
+                    divisible=frozenset({"query_stride", "out_stride"}),
+                    num_warps=sizes.num_warps,
+                    num_stages=sizes.num_stages,
+                )  # fmt: skip

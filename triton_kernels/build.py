@@ -1,0 +1,194 @@
+"""Compiles kernels ahead of time, for processors that this machine need not have: cubins and a manifest.
+
+    python -m gemma2_fast.triton_kernels.build --out build/cubins --targets 90,100 --ops geglu
+
+The manifest says of every cubin how it is launched and what it needs. A kernel that spills registers fails the build
+unless it is named in ALLOWED_SPILLS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gemma2_fast.triton_kernels import attention_decode, attention_prefill, embed, geglu, matmul, rms_norm, rope
+from gemma2_fast.triton_kernels.specialisation import POINTER_ALIGNMENT, Specialisation
+
+# Compute capabilities, and the bytes of shared memory that one program may have there.
+TARGETS = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+OPS = {
+    "attention_prefill": attention_prefill.specialisations,
+    "attention_decode": attention_decode.specialisations,
+    "embed": embed.specialisations,
+    "geglu": geglu.specialisations,
+    "matmul": matmul.specialisations,
+    "rms_norm": rms_norm.specialisations,
+    "rope": rope.specialisations,
+}
+SPILLS_CHECKED_ON = 90
+ALLOWED_SPILLS: dict[str, str] = {}  # name of a specialisation: why
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Compiled:
+    specialisation: Specialisation
+    arch: int
+    cubin: bytes
+    ptx: str
+    entry: dict[str, Any]  # of the manifest
+    registers: int
+    spilled_bytes: int  # of a thread's stack
+
+    @property
+    def file(self) -> str:
+        return f"{self.specialisation.name}.sm_{self.arch}.cubin"
+
+    def line(self) -> str:
+        entry = self.entry
+        return (
+            f"sm_{self.arch:<4} {self.registers:4} registers {self.spilled_bytes:5} bytes spilled "
+            f"{entry['shared_bytes']:7} bytes shared {len(self.cubin):7} bytes  {self.specialisation.name}"
+        )
+
+
+def compile_for(specialisation: Specialisation, arch: int) -> Compiled:
+    """One cubin, with everything that a launcher must know. Needs no GPU."""
+    source = ASTSource(
+        fn=specialisation.kernel,
+        signature=specialisation.signature(),
+        constexprs=dict(specialisation.constants),
+        attrs=specialisation.promises(),
+    )
+    # Contraction is said explicitly: Triton 3.10 changes its default, and cubins would differ.
+    options = {
+        "num_warps": specialisation.num_warps,
+        "num_stages": specialisation.num_stages,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    cubin, metadata = compiled.asm["cubin"], compiled.metadata
+    registers, spilled_bytes = resource_usage(cubin)
+    entry = {
+        "op": specialisation.op,
+        "name": specialisation.name,
+        "arch": arch,
+        "symbol": metadata.name,
+        "arguments": [
+            {
+                "name": name,
+                "type": kind,
+                "divisible_by_16": not kind.startswith("*") and name in specialisation.divisible,
+            }
+            for name, kind in specialisation.signature().items()
+            if kind != "constexpr"
+        ],
+        "constants": {key: int(value) for key, value in specialisation.constants.items()},
+        "pointer_alignment_bytes": POINTER_ALIGNMENT,
+        "num_warps": metadata.num_warps,
+        "shared_bytes": metadata.shared,
+        "global_scratch_bytes": metadata.global_scratch_size,
+        "profile_scratch_bytes": metadata.profile_scratch_size,
+        "triton_version": triton.__version__,
+        "sha256": hashlib.sha256(cubin).hexdigest(),
+    }
+    return Compiled(specialisation, arch, cubin, compiled.asm["ptx"], entry, registers, spilled_bytes)
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, where spilled registers lie."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with _temporary(cubin) as path:
+        text = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"{tool} printed no register count: {text.strip()}")
+    return int(found[1]), int(found[2])
+
+
+def needed(arch: int, ops: Iterable[str] = OPS) -> Iterator[Specialisation]:
+    for op in ops:
+        yield from OPS[op](arch)
+
+
+def build(directory: Path, targets: Sequence[int], ops: Sequence[str]) -> list[Compiled]:
+    """Writes the cubins and manifest.json; gives what was compiled. RuntimeError where one asks for too much."""
+    directory.mkdir(parents=True, exist_ok=True)
+    done = []
+    for arch in targets:
+        for specialisation in needed(arch, ops):
+            compiled = compile_for(specialisation, arch)
+            (directory / compiled.file).write_bytes(compiled.cubin)
+            done.append(compiled)
+            print(compiled.line(), flush=True)
+    manifest = {"version": MANIFEST_VERSION, "kernels": [{"file": c.file, **c.entry} for c in done]}
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    if found := [fault for compiled in done for fault in faults(compiled)]:
+        raise RuntimeError("; ".join(found))
+    return done
+
+
+def faults(compiled: Compiled) -> Iterator[str]:
+    """Why a kernel would not run well, or at all."""
+    name, limit = compiled.specialisation.name, TARGETS[compiled.arch]
+    if compiled.entry["shared_bytes"] > limit:
+        yield (
+            f"{name} takes {compiled.entry['shared_bytes']} bytes of shared memory, sm_{compiled.arch} has {limit}: "
+            "use smaller tiles or fewer stages there (tuning.json)"
+        )
+    if compiled.arch == SPILLS_CHECKED_ON and compiled.spilled_bytes > 0 and name not in ALLOWED_SPILLS:
+        yield (
+            f"{name} spills {compiled.spilled_bytes} bytes of registers on sm_{compiled.arch}: use smaller tiles or "
+            "more warps (tuning.json), or name it in ALLOWED_SPILLS with a reason"
+        )
+
+
+@contextlib.contextmanager
+def _temporary(content: bytes) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(content)
+        file.flush()
+        yield file.name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the cubins and manifest.json")
+    parser.add_argument("--targets", type=_some_of(tuple(TARGETS), int), default=tuple(TARGETS), help="default: all")
+    parser.add_argument("--ops", type=_some_of(tuple(OPS), str), default=tuple(OPS), help="default: all")
+    args = parser.parse_args()
+    try:
+        done = build(args.out, args.targets, args.ops)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(done)} cubins, {sum(len(c.cubin) for c in done) / 1e6:.1f} MB, in {args.out}")
+    return 0
+
+
+def _some_of(known: Sequence[Any], kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        chosen = tuple(kind(part) for part in text.split(","))
+        if unknown := [part for part in chosen if part not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}: expected some of {known}")
+        return chosen
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What is compiled ahead of time: a kernel with its types, its constants and what its arguments promise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+POINTER_ALIGNMENT = 16  # bytes, of every tensor handed to a kernel: loads may be that wide
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """`types`: Triton's names ("*bf16", "i32", "fp32") of the arguments that are left at run time, in order.
+
+    divisible: integer arguments that are always multiples of 16. Pointers always are, in bytes.
+    """
+
+    op: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, int | bool]
+    divisible: frozenset[str] = field(default=frozenset())
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @property
+    def name(self) -> str:
+        """Unique among all: the op, and each constant and type that tells it from its siblings."""
+        constants = [f"{key.lower()}{int(value)}" for key, value in self.constants.items()]
+        pointers = dict.fromkeys(kind[1:] for kind in self.types.values() if kind.startswith("*"))
+        return "_".join((self.op, *constants, *pointers))
+
+    def signature(self) -> dict[str, str]:
+        """Of every argument of the kernel, in the kernel's own order, as Triton's compiler takes it."""
+        names = list(self.kernel.arg_names)
+        if missing := [name for name in names if (name in self.types) == (name in self.constants)]:
+            raise ValueError(f"{self.op}: {', '.join(missing)} must be an argument or a constant, and not both")
+        if unknown := [name for name in (*self.types, *self.constants) if name not in names]:
+            raise ValueError(f"{self.op}: the kernel has no {', '.join(unknown)}")
+        return {name: self.types.get(name, "constexpr") for name in names}
+
+    def promises(self) -> dict[tuple[int], list[list[object]]]:
+        """For the compiler: what is known of an argument's value. Launchers check it."""
+        hinted = [
+            index
+            for index, name in enumerate(self.kernel.arg_names)
+            if self.types.get(name, "").startswith("*") or name in self.divisible
+        ]
+        return {(index,): [["tt.divisibility", 16]] for index in hinted}
