@@ -152,6 +152,7 @@ wheel: $(DONE)/build
 	cd $(TRIAL) && PATH="$$PWD/bin" gemma2-fast generate gemma-3-270m 'Water boils at' --max-tokens 24
 
 $(DONE)/cuda: $(DONE)/build
+	$(call say,'Installing Triton')
 	$(PIP) install --quiet --constraint constraints.txt $$($(EXTRA) cuda)
 	@touch $@
 

@@ -1,8 +1,8 @@
-"""Attention of one to eight queries a sequence over a paged cache, the keys of a sequence split among programs.
+"""Attention of few queries a sequence over a paged cache, the keys of a sequence split among programs.
 
 Memory bounds it, so the queries of all heads that share a kv head, and all queries of a sequence, are rows of one tile:
 each key and value is read once. The last program of a sequence and kv head to finish adds the parts up, in the order of
-the splits, so a result depends on the number of splits and on nothing else. One part alone needs no adding up.
+the splits, so a result depends neither on other sequences nor on who ends first. One part needs no adding up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gemma2_fast.triton_kernels.attention_prefill import HEAD_SHAPES, PAGE_TOKENS, weigh
+from gemma2_fast.triton_kernels.attention_prefill import HEAD_SHAPES, PAGE_TOKENS, checked_cap, weigh
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.triton_kernels.tuning import tuned
 
@@ -31,12 +31,15 @@ def attention_decode_kernel(
     part_sums [S, K, splits, 2, ROWS] are float32 scratch; arrivals [S, K] int32 is zero before and after.
     Grid: (splits, K, S).
     """
+    tl.static_assert(PAGE % BLOCK == 0, "a block of keys must not cross pages")
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     kv_head = tl.program_id(1)
     sequence = tl.program_id(2)
     begin = tl.load(first_token + sequence)
     num_queries = tl.load(first_token + sequence + 1) - begin
+    if num_queries == 0:  # as of a sequence that only fills up a graph's batch
+        return
     context = tl.load(context_tokens + sequence)
     table = block_table + sequence.to(tl.int64) * table_width
 
@@ -140,9 +143,9 @@ def attention_decode(
     num_sequences, _, splits, rows, _ = parts.shape
     attention_decode_kernel[(splits, num_kv_heads, num_sequences)](
         queries, pages, num_kv_heads, block_table, block_table.shape[1], first_token, context_tokens, out, parts,
-        part_sums, arrivals, heads * head_dim, heads * head_dim, query_scale, score_softcap or 1.0, window_keys or 0,
-        CAPPED=score_softcap is not None, WINDOWED=window_keys is not None, GROUP=heads // num_kv_heads,
-        HEAD_DIM=head_dim, PAGE=page, ROWS=rows, BLOCK=block, num_warps=num_warps,
+        part_sums, arrivals, queries.stride(0), out.stride(0), query_scale, checked_cap(score_softcap),
+        window_keys or 0, CAPPED=score_softcap is not None, WINDOWED=window_keys is not None,
+        GROUP=heads // num_kv_heads, HEAD_DIM=head_dim, PAGE=page, ROWS=rows, BLOCK=block, num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
 

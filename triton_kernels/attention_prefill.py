@@ -10,7 +10,7 @@ was summed is ever rescaled. Without one the maximum runs along.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import triton
@@ -20,6 +20,8 @@ from gemma2_fast.triton_kernels.numerics import LOG2_E, tanh
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.triton_kernels.tuning import tuned
 
+# Of a wider cap the weights, up to 2^(cap log2 e), would not fit float32 sums; the largest of any Gemma is 50.
+WIDEST_CAP = 55.0
 PAGE_TOKENS = 64  # P on a GPU: a page of one kv head is one run of 16 or 32 KB
 # Head dim and query heads a kv head, of Gemma 1 to 3 and RecurrentGemma.
 HEAD_SHAPES = ((256, 1), (256, 2), (256, 4), (256, 8), (256, 10), (256, 16), (128, 2))
@@ -91,9 +93,11 @@ def attention_prefill_kernel(
 
     queries, out: rows of H * D, query_stride and out_stride apart; pages [N, 2, K, P, D]; block_table [S, table_width];
     first_token [S + 1]; context_tokens [S]: keys before the step's; tiles [number, 2]: sequence, first query of it.
-    K = num_kv_heads, G = GROUP; TILE rows, a query and a head each, a program; BLOCK divides P = PAGE.
+    cap <= WIDEST_CAP; K = num_kv_heads, G = GROUP, P = PAGE; TILE rows, a query and a head each, a program.
     Grid: (tiles, K).
     """
+    tl.static_assert(PAGE % BLOCK == 0, "a block of keys must not cross pages")
+    tl.static_assert(TILE >= GROUP, "a tile must hold the heads of a query")
     sequence = tl.load(tiles + 2 * tl.program_id(0))
     first = tl.load(tiles + 2 * tl.program_id(0) + 1)
     kv_head = tl.program_id(1)
@@ -152,11 +156,21 @@ def attention_prefill_kernel(
     tl.store(places, (sums / denominator[:, None]).to(out.dtype.element_ty), mask=present[:, None])
 
 
-def prefill_tiles(query_counts: list[int], group_heads: int, tile: int) -> list[tuple[int, int]]:
-    """The tiles of ragged sequences: (sequence, first query). The longest walks, at the ends, come first."""
+def prefill_tiles(lengths: Sequence[tuple[int, int]], group_heads: int, tile: int) -> list[tuple[int, int]]:
+    """The tiles of ragged sequences, (sequence, first query), from (tokens in the cache, new ones) of each.
+
+    The longest walks come first.
+    """
     queries = tile // group_heads
-    tiles = [(s, first) for s, count in enumerate(query_counts) for first in range(0, count, queries)]
-    return sorted(tiles, key=lambda t: -t[1])
+    tiles = [(s, first) for s, (_, count) in enumerate(lengths) for first in range(0, count, queries)]
+    return sorted(tiles, key=lambda tile: -lengths[tile[0]][0] - tile[1])
+
+
+def checked_cap(cap: float | None) -> float:
+    """The cap as kernels take it. ValueError for one that they cannot compute."""
+    if cap is not None and not 0 < cap <= WIDEST_CAP:
+        raise ValueError(f"attention: the cap must lie between 0 and {WIDEST_CAP}, got {cap}")
+    return 1.0 if cap is None else cap
 
 
 def attention_prefill(
@@ -165,12 +179,12 @@ def attention_prefill(
     tile: int = 128, block: int = 64, num_warps: int = 8, num_stages: int = 2,
 ) -> None:  # fmt: skip
     """queries, out [T, H, D]; pages [N, 2, K, P, D]; block_table [S, table_width], first_token [S + 1],
-    context_tokens [S] and tiles [number, 2] (prefill_tiles) int32; all contiguous and on one device."""
+    context_tokens [S] and tiles [number, 2] (prefill_tiles) int32. Only tokens of queries and out may lie apart."""
     _, heads, head_dim = queries.shape
     _, _, num_kv_heads, page, _ = pages.shape
     attention_prefill_kernel[(tiles.shape[0], num_kv_heads)](
         queries, pages, num_kv_heads, block_table, block_table.shape[1], first_token, context_tokens, tiles, out,
-        heads * head_dim, heads * head_dim, query_scale, score_softcap or 1.0, window_keys or 0,
+        queries.stride(0), out.stride(0), query_scale, checked_cap(score_softcap), window_keys or 0,
         CAPPED=score_softcap is not None, WINDOWED=window_keys is not None, GROUP=heads // num_kv_heads,
         HEAD_DIM=head_dim, PAGE=page, TILE=tile, BLOCK=block, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -42,6 +42,7 @@ OPS = {
 SPILLS_CHECKED_ON = 90
 ALLOWED_SPILLS: dict[str, str] = {}  # name of a specialisation: why
 MANIFEST_VERSION = 1
+HIDDEN_POINTERS = 2  # after the arguments: Triton's scratch, null where none is needed
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,15 @@ def compile_for(specialisation: Specialisation, arch: int) -> Compiled:
         "enable_fp_fusion": True,
     }
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    cubin, metadata = compiled.asm["cubin"], compiled.metadata
+    cubin, ptx, metadata = compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata
+    num_arguments = sum(kind != "constexpr" for kind in specialisation.signature().values())
+    check_launch(specialisation.name, ptx, num_arguments, metadata)
     registers, spilled_bytes = resource_usage(cubin)
     entry = {
         "op": specialisation.op,
         "name": specialisation.name,
         "arch": arch,
+        "ptx_target": ptx.partition(".target ")[2].split()[0],  # sm_90a runs on 9.0 and nothing else
         "symbol": metadata.name,
         "arguments": [
             {
@@ -101,12 +105,27 @@ def compile_for(specialisation: Specialisation, arch: int) -> Compiled:
         "pointer_alignment_bytes": POINTER_ALIGNMENT,
         "num_warps": metadata.num_warps,
         "shared_bytes": metadata.shared,
-        "global_scratch_bytes": metadata.global_scratch_size,
-        "profile_scratch_bytes": metadata.profile_scratch_size,
+        "hidden_pointers": HIDDEN_POINTERS,
         "triton_version": triton.__version__,
         "sha256": hashlib.sha256(cubin).hexdigest(),
     }
-    return Compiled(specialisation, arch, cubin, compiled.asm["ptx"], entry, registers, spilled_bytes)
+    return Compiled(specialisation, arch, cubin, ptx, entry, registers, spilled_bytes)
+
+
+def check_launch(name: str, ptx: str, num_arguments: int, metadata: Any) -> None:
+    """RuntimeError where a kernel needs more than its arguments, two null pointers and a plain launch."""
+    num_parameters = ptx.partition(".entry")[2].partition(")")[0].count(".param")
+    if num_parameters != num_arguments + HIDDEN_POINTERS:
+        raise RuntimeError(f"{name} has {num_parameters} parameters, expected {num_arguments} and {HIDDEN_POINTERS}")
+    plain = {
+        "global_scratch_size": 0,
+        "profile_scratch_size": 0,
+        "num_ctas": 1,
+        "launch_pdl": False,
+        "launch_cooperative_grid": False,
+    }
+    if other := {key: getattr(metadata, key) for key, value in plain.items() if getattr(metadata, key) != value}:
+        raise RuntimeError(f"{name} needs a launch that is not described: {other}")
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -135,10 +154,10 @@ def build(directory: Path, targets: Sequence[int], ops: Sequence[str]) -> list[C
             (directory / compiled.file).write_bytes(compiled.cubin)
             done.append(compiled)
             print(compiled.line(), flush=True)
-    manifest = {"version": MANIFEST_VERSION, "kernels": [{"file": c.file, **c.entry} for c in done]}
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if found := [fault for compiled in done for fault in faults(compiled)]:
         raise RuntimeError("; ".join(found))
+    manifest = {"version": MANIFEST_VERSION, "kernels": [{"file": c.file, **c.entry} for c in done]}
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return done
 
 
@@ -171,6 +190,8 @@ def main() -> int:
     parser.add_argument("--targets", type=_some_of(tuple(TARGETS), int), default=tuple(TARGETS), help="default: all")
     parser.add_argument("--ops", type=_some_of(tuple(OPS), str), default=tuple(OPS), help="default: all")
     args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, so that nothing is compiled: unset it")
     try:
         done = build(args.out, args.targets, args.ops)
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.triton_kernels.tuning import tuned
 
 GROUP_COLS = 128  # columns that share a scale
+MOST_TOKENS = 16
 
 
 @triton.jit
@@ -71,6 +72,7 @@ def matmul_kernel(
     Rounded once.
     Grid: (rows / ROWS, rounded up).
     """
+    tl.static_assert(TOKENS == 1 or not INT8 or COLS == GROUP, "a block of columns must be a group")
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     values = _sums(x, weight, scales, row, rows, cols, num_tokens, INT8, TOKENS, ROWS, COLS, GROUP)
     if GEGLU:
@@ -92,9 +94,11 @@ def matmul(
     """
     num_tokens, width = x.shape
     num_rows = out.shape[1]
+    if num_tokens > MOST_TOKENS:
+        raise ValueError(f"matmul: at most {MOST_TOKENS} tokens at once, got {num_tokens}")
     matmul_kernel[(triton.cdiv(num_rows, rows),)](
         x, weight, x if scales is None else scales, out, num_rows, width, num_tokens,
-        INT8=scales is not None, GEGLU=geglu, TOKENS=1 if num_tokens == 1 else 16, ROWS=rows, COLS=cols,
+        INT8=scales is not None, GEGLU=geglu, TOKENS=1 if num_tokens == 1 else MOST_TOKENS, ROWS=rows, COLS=cols,
         GROUP=GROUP_COLS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
@@ -102,7 +106,7 @@ def matmul(
 def specialisations(arch: int) -> Iterator[Specialisation]:
     for int8 in (False, True):
         for geglu in (False, True):
-            for tokens in (1, 16):
+            for tokens in (1, MOST_TOKENS):
                 sizes = tuned("matmul", arch, tokens=tokens, int8=int8)
                 yield Specialisation(
                     op="matmul",

@@ -11,7 +11,7 @@ POINTER_ALIGNMENT = 16  # bytes, of every tensor handed to a kernel: loads may b
 
 @dataclass(frozen=True)
 class Specialisation:
-    """`types`: Triton's names ("*bf16", "i32", "fp32") of the arguments that are left at run time, in order.
+    """`types`: Triton's names ("*bf16", "i32", "fp32") of the arguments that are left at run time.
 
     divisible: integer arguments that are always multiples of 16. Pointers always are, in bytes.
     """
@@ -41,7 +41,7 @@ class Specialisation:
         return {name: self.types.get(name, "constexpr") for name in names}
 
     def promises(self) -> dict[tuple[int], list[list[object]]]:
-        """For the compiler: what is known of an argument's value. Launchers check it."""
+        """For the compiler: what is known of an argument's value. A launcher must see to it."""
         hinted = [
             index
             for index, name in enumerate(self.kernel.arg_names)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -21,16 +21,12 @@ class Result:
     faults: list[str]
 
 
-def compile_largest(op: str, arch: int, **constants: int | bool) -> Result:
-    """The specialisation with most of its constants switched on (a cap, a window, a norm), some of them replaced."""
+def compile_named(name: str, arch: int) -> Result:
     from gemma2_fast.triton_kernels import build
 
-    largest = max(build.needed(arch, [op]), key=lambda s: sum(s.constants.values()))
-    chosen = replace(largest, constants={**largest.constants, **constants})
+    (chosen,) = (s for s in build.needed(arch) if s.name == name)
     compiled = build.compile_for(chosen, arch)
-    return Result(
-        chosen.name, compiled.cubin, compiled.ptx, compiled.entry, compiled.registers, list(build.faults(compiled))
-    )
+    return Result(name, compiled.cubin, compiled.ptx, compiled.entry, compiled.registers, list(build.faults(compiled)))
 
 
 def _compile_for_real() -> None:

@@ -16,6 +16,14 @@ from tests.ops import plain
 Floats = NDArray[np.float32]
 
 
+def beside_others(queries: torch.Tensor) -> torch.Tensor:
+    """The same queries [T, H, D] as they lie in a row with keys and values: tokens farther apart."""
+    heads = queries.shape[1]
+    rows = torch.full((len(queries), heads + 2, queries.shape[2]), math.nan)
+    rows[:, :heads] = queries
+    return rows[:, :heads]
+
+
 @dataclass(frozen=True)
 class PagedBatch:
     """`lengths`: of each sequence the tokens in the cache before the step, and the new ones.
@@ -99,6 +107,8 @@ class PagedBatch:
         for (context, new), keys, values, queries in zip(
             self.lengths, self.keys, self.values, self.queries, strict=True
         ):
+            if new == 0:
+                continue
             kv_heads = keys.shape[1]
             grouped = queries.reshape(new, kv_heads, -1, queries.shape[-1])
             heads = [

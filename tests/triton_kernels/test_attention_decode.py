@@ -11,7 +11,7 @@ import torch
 
 from gemma2_fast.triton_kernels.attention_decode import attention_decode
 from tests.support.closeness import assert_close, assert_rejected
-from tests.triton_kernels.paged_batch import Floats, PagedBatch
+from tests.triton_kernels.paged_batch import Floats, PagedBatch, beside_others
 
 
 def attend(batch: PagedBatch, splits: int = 3, rows: int = 16, block: int = 16, times: int = 1) -> Floats:
@@ -19,10 +19,11 @@ def attend(batch: PagedBatch, splits: int = 3, rows: int = 16, block: int = 16, 
     queries = batch.flat_queries
     num_sequences, kv_heads = len(batch.lengths), batch.pages.shape[2]
     parts = torch.full((num_sequences, kv_heads, splits, rows, queries.shape[2]), math.nan)
+    queries = beside_others(queries)
     part_sums = torch.full((num_sequences, kv_heads, splits, 2, rows), math.nan)
     arrivals = torch.zeros((num_sequences, kv_heads), dtype=torch.int32)
     for _ in range(times):
-        out = torch.full_like(queries, math.nan)
+        out = torch.full_like(batch.flat_queries, math.nan)
         attention_decode(
             queries, batch.pages, batch.block_table, batch.first_token, batch.context_tokens, out, parts, part_sums,
             arrivals, **batch.rule, block=block,
@@ -39,8 +40,8 @@ def assert_right(batch: PagedBatch, **how: int) -> None:
 @pytest.mark.parametrize("cap", [None, 20.0])
 @pytest.mark.parametrize("window", [None, 1, 16, 40])
 def test_splits(splits: int, cap: float | None, window: int | None) -> None:
-    """More splits than blocks, too; sequences of one key, of a page, and past the window by more than a block."""
-    lengths = [(0, 1), (15, 1), (16, 1), (123, 1)]
+    """More splits than blocks, too; sequences of no key, one, a page, and past the window by more than a block."""
+    lengths = [(0, 1), (15, 1), (0, 0), (16, 1), (123, 1)]
     assert_right(PagedBatch.make(lengths, kv_heads=2, cap=cap, window=window), splits=splits)
 
 

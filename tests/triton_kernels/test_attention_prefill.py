@@ -11,7 +11,7 @@ import torch
 
 from gemma2_fast.triton_kernels.attention_prefill import attention_prefill, prefill_tiles
 from tests.support.closeness import assert_close, assert_rejected
-from tests.triton_kernels.paged_batch import Floats, PagedBatch
+from tests.triton_kernels.paged_batch import Floats, PagedBatch, beside_others
 
 TILE, BLOCK = 16, 16
 
@@ -19,8 +19,9 @@ TILE, BLOCK = 16, 16
 def attend(batch: PagedBatch, tile: int = TILE, block: int = BLOCK) -> Floats:
     queries = batch.flat_queries
     out = torch.full_like(queries, math.nan)
+    queries = beside_others(queries)
     group = queries.shape[1] // batch.pages.shape[2]
-    tiles = torch.tensor(prefill_tiles([new for _, new in batch.lengths], group, tile), dtype=torch.int32)
+    tiles = torch.tensor(prefill_tiles(batch.lengths, group, tile), dtype=torch.int32)
     attention_prefill(
         queries, batch.pages, batch.block_table, batch.first_token, batch.context_tokens, tiles, out,
         **batch.rule, tile=tile, block=block,
@@ -100,4 +101,11 @@ def test_mutants_are_rejected() -> None:
 
 
 def test_longest_tiles_come_first() -> None:
-    assert prefill_tiles([1, 20, 0, 9], 2, 16) == [(1, 16), (1, 8), (3, 8), (0, 0), (1, 0), (3, 0)]
+    lengths = [(12, 1), (0, 20), (9, 0), (3, 9)]
+    assert prefill_tiles(lengths, 2, 16) == [(1, 16), (0, 0), (3, 8), (1, 8), (3, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, 55.1, math.nan])
+def test_a_cap_that_sums_cannot_hold_is_refused(cap: float) -> None:
+    with pytest.raises(ValueError, match="must lie between 0 and 55.0"):
+        attend(PagedBatch.make([(0, 3)], cap=cap))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,31 +19,42 @@ import pytest
 from gemma2_fast.triton_kernels import build
 from gemma2_fast.triton_kernels.build import Compiled, Specialisation
 from gemma2_fast.triton_kernels.tuning import tuned
-from tests.triton_kernels.compiler import Result, compile_largest, compilers
+from tests.triton_kernels.compiler import Result, compile_named, compilers
 
-CASES = [(op, arch) for op in build.OPS for arch in build.TARGETS]
+
+def largest(op: str, arch: int) -> str:
+    """The specialisation with most of its constants switched on: a cap, a window, a norm, several tokens."""
+    return max(
+        build.needed(arch, [op]), key=lambda s: sum(s.constants.values()) + 10**6 * s.constants.get("TOKENS", 0)
+    ).name
+
+
+# Everything for one target, one of each op for the others.
+FULL = build.SPILLS_CHECKED_ON
+CASES = [(s.name, FULL) for s in build.needed(FULL)]
+CASES += [(largest(op, arch), arch) for arch in build.TARGETS if arch != FULL for op in build.OPS]
+PREFILL = "attention_prefill_capped{}_windowed1_group2_head_dim256_page64_tile128_block32_bf16_i32"
+DECODE = "attention_decode_capped{}_windowed1_group2_head_dim256_page64_rows16_block64_bf16_i32_fp32"
 
 
 @dataclass(frozen=True)
 class Compilation:
     started: dict[tuple[str, int], Future[Result]]
-    start: Callable[..., Future[Result]]
 
-    def of(self, op: str, arch: int) -> Result:
-        return self.started[op, arch].result()
+    def of(self, name: str, arch: int) -> Result:
+        return self.started[name, arch].result()
 
 
 @pytest.fixture(scope="module")
 def compilation() -> Iterator[Compilation]:
-    """One kernel of each op for each target, compiled side by side."""
+    """All cases, compiled side by side."""
     with compilers() as pool:
-        start = lambda *args, **constants: pool.submit(compile_largest, *args, **constants)  # noqa: E731
-        yield Compilation({case: start(*case) for case in CASES}, start)
+        yield Compilation({case: pool.submit(compile_named, *case) for case in CASES})
 
 
-@pytest.mark.parametrize(("op", "arch"), CASES)
-def test_every_kernel_compiles_and_fits(compilation: Compilation, op: str, arch: int) -> None:
-    result = compilation.of(op, arch)
+@pytest.mark.parametrize(("name", "arch"), CASES)
+def test_every_kernel_compiles_and_fits(compilation: Compilation, name: str, arch: int) -> None:
+    result = compilation.of(name, arch)
     assert result.cubin[:4] == b"\x7fELF"
     assert f".target sm_{arch}" in result.ptx
     assert f".entry {result.entry['symbol']}(" in result.ptx
@@ -50,7 +63,7 @@ def test_every_kernel_compiles_and_fits(compilation: Compilation, op: str, arch:
 
 
 def test_the_parameters_are_the_arguments_and_two_scratch_pointers(compilation: Compilation) -> None:
-    result = compilation.of("geglu", 90)
+    result = compilation.of("geglu_block1024_bf16", FULL)
     head = result.ptx.partition(".entry")[2].partition(")")[0]
     kinds = [line.split()[1] for line in head.splitlines() if ".param" in line]
     assert kinds == [".u64", ".u64", ".u32", ".u64", ".u64"]
@@ -61,23 +74,34 @@ def test_the_parameters_are_the_arguments_and_two_scratch_pointers(compilation: 
     ]
 
 
-@pytest.mark.parametrize("op", ["attention_prefill", "attention_decode"])
+@pytest.mark.parametrize("op", [PREFILL, DECODE])
 def test_a_cap_is_one_instruction(compilation: Compilation, op: str) -> None:
     """The interpreter takes another way, so only this shows which one a GPU takes."""
-    assert "tanh.approx.f32" in compilation.of(op, 90).ptx
-    assert "tanh" not in compilation.start(op, 90, CAPPED=False).result().ptx
+    assert "tanh.approx.f32" in compilation.of(op.format(1), FULL).ptx
+    assert "tanh" not in compilation.of(op.format(0), FULL).ptx
 
 
-@pytest.mark.parametrize("op", ["geglu", "matmul", "embed"])
+@pytest.mark.parametrize("op", ["geglu", "matmul", "rms_norm", "attention_prefill", "attention_decode"])
 def test_loads_are_wide(compilation: Compilation, op: str) -> None:
     """Sixteen bytes a thread: what the promises of alignment are for."""
-    ptx = compilation.of(op, 90).ptx
-    assert "v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
+    ptx = compilation.of(largest(op, FULL), FULL).ptx
+    assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
 
 
 def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:
-    assert "wgmma.mma_async" in compilation.of("attention_prefill", 90).ptx
-    assert "mma.sync" in compilation.of("attention_decode", 90).ptx
+    assert "wgmma.mma_async" in compilation.of(PREFILL.format(1), FULL).ptx
+    assert "mma.sync" in compilation.of(DECODE.format(1), FULL).ptx
+    assert "mma" in compilation.of(largest("matmul", FULL), FULL).ptx
+
+
+def test_splits_meet_behind_a_barrier(compilation: Compilation) -> None:
+    """The interpreter runs one program after another, so only this shows that all threads have stored their part before
+    one reports it, and that parts are read past the first-level cache."""
+    before, atomic, after = compilation.of(DECODE.format(1), FULL).ptx.partition("atom.global.gpu.acq_rel")
+    assert atomic
+    stored = before.rpartition("st.global")[2]
+    assert "bar.sync" in stored
+    assert "ld.global.cg" in after
 
 
 def run_build(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -104,6 +128,36 @@ def test_what_does_not_exist_is_refused(option: list[str], message: str, tmp_pat
     done = run_build(tmp_path, *option)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_build_without_a_compiler_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gemma2_fast.triton_kernels.build", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_a_refused_build_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "compile_for", lambda specialisation, arch: compiled(spilled_bytes=8))
+    with pytest.raises(RuntimeError, match="geglu_block1024_bf16 spills 8 bytes"):
+        build.build(tmp_path, [90], ["geglu"])
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_launch_that_is_not_plain_is_refused() -> None:
+    plain = {
+        "global_scratch_size": 0,
+        "profile_scratch_size": 0,
+        "num_ctas": 1,
+        "launch_pdl": False,
+        "launch_cooperative_grid": False,
+    }
+    ptx = ".visible .entry k(\n.param .u64 a,\n.param .u64 b,\n.param .u64 c\n)\n"
+    build.check_launch("k", ptx, 1, SimpleNamespace(**plain))
+    with pytest.raises(RuntimeError, match="k has 3 parameters, expected 2 and 2"):
+        build.check_launch("k", ptx, 2, SimpleNamespace(**plain))
+    with pytest.raises(RuntimeError, match="not described: {'num_ctas': 2}"):
+        build.check_launch("k", ptx, 1, SimpleNamespace(**{**plain, "num_ctas": 2}))
 
 
 def geglu() -> Specialisation:

@@ -46,3 +46,12 @@ def test_mutants_are_rejected() -> None:
     exact, usual = plain.exact_and_plain(plain.geglu, gate, up)
     assert_rejected("geglu triton", plain.gelu_erf(gate) * up, exact, usual)
     assert_rejected("geglu triton", geglu(up, gate), exact, usual)
+
+
+def test_half_precision_is_rounded_once() -> None:
+    """Stored and given in 16 bits, computed in float32. Of bfloat16 the interpreter's own conversion is wrong."""
+    gate, up = (part.astype(np.float16) for part in drawn(3, 100))
+    out = torch.empty(3, 100, dtype=torch.float16)
+    kernel.geglu(torch.from_numpy(np.concatenate([gate, up], axis=1)), out, block=64)
+    exact = plain.geglu(gate.astype(np.float64), up.astype(np.float64))
+    np.testing.assert_allclose(out.numpy(), exact, rtol=1.01 * 2.0**-11, atol=2.0**-24)

@@ -47,9 +47,10 @@ def test_shapes(tokens: int, rows: int, cols: int, geglu: bool) -> None:
 
 @pytest.mark.parametrize("geglu", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
-@pytest.mark.parametrize("cols", [128, 200, 384])
-def test_int8(tokens: int, cols: int, geglu: bool) -> None:
-    """Groups of 128, the last of which may be shorter."""
+@pytest.mark.parametrize(("cols", "block"), [(128, 128), (200, 128), (384, 128), (384, 256), (520, 512)])
+def test_int8(tokens: int, cols: int, block: int, geglu: bool) -> None:
+    """Groups of 128, the last of which may be shorter; of one token a block may hold several."""
+    block = block if tokens == 1 else 128
     rows, groups = 20, -(-cols // 128)
     rng = np.random.default_rng(cols)
     codes = rng.integers(-127, 128, (rows * (1 + geglu), cols)).astype(np.int8)
@@ -57,7 +58,7 @@ def test_int8(tokens: int, cols: int, geglu: bool) -> None:
     weight = codes * np.repeat(scales, 128, axis=1)[:, :cols]
     x = draw(tokens, cols)
     exact, usual = plain.exact_and_plain(product, x, weight, geglu=geglu)
-    ours = matmul(x, codes, rows, scales, geglu=geglu, rows=16, cols=128)
+    ours = matmul(x, codes, rows, scales, geglu=geglu, rows=16, cols=block)
     assert_close("matmul triton", ours, exact, usual)
     wrong_group = codes * np.repeat(np.roll(scales, 1, axis=0), 128, axis=1)[:, :cols]
     assert_rejected("matmul triton", product(x, wrong_group, geglu), exact, usual)
@@ -74,3 +75,8 @@ def test_a_token_does_not_feel_the_others() -> None:
     x, weight = draw(9, 150), draw(33, 150)
     together = matmul(x, weight, 33, rows=16, cols=64)
     np.testing.assert_array_equal(matmul(x[:4], weight, 33, rows=16, cols=64), together[:4])
+
+
+def test_too_many_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 16 tokens at once, got 17"):
+        matmul(draw(17, 64), draw(8, 64), 8)

@@ -86,8 +86,8 @@ class KernelModel:
             if mixer.qk_norm:
                 gains = {role + "_gain": self.weights[f"{prefix}attention.{role}_norm"] for role in ("query", "key")}
             rope(qkv, positions, sequences, cos, sin, self.pages[index], self.block_table, epsilon=epsilon, **gains)
-            queries = qkv[:, : mixer.num_query_heads].contiguous()
-            attended = torch.full_like(queries, torch.nan)
+            queries = qkv[:, : mixer.num_query_heads]
+            attended = torch.full(queries.shape, torch.nan)
             self.attend(index, mixer, queries, first_token, contexts, attended)
             mixed = self.product(attended.flatten(1), prefix + "attention.output")
             after = self.weights[prefix + "norm_after_mixer"] if layer.norms.after_mixer else None
@@ -122,10 +122,11 @@ class KernelModel:
                 torch.zeros(part[:2], dtype=torch.int32), **rule, block=16,
             )  # fmt: skip
             return
-        tiles = torch.tensor(prefill_tiles([len(queries)], group, 16), dtype=torch.int32)
+        tiles = torch.tensor(prefill_tiles([(self.context, len(queries))], group, 16), dtype=torch.int32)
         attention_prefill(*shared, tiles, out, **rule, tile=16, block=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
 def test_logits_are_those_of_the_reference(family: str, tmp_path: Path) -> None:
     """A prompt in two chunks, then single tokens, past the window of nine keys by more than a page."""

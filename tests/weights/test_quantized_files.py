@@ -16,6 +16,7 @@ import safetensors
 
 from gemma2_fast.errors import FileFormatError
 from gemma2_fast.quant import FORMATS
+from gemma2_fast.weights import writer
 from gemma2_fast.weights.mapped_file import map_file
 from gemma2_fast.weights.safetensors import read_safetensors, read_safetensors_directory
 from gemma2_fast.weights.tensor import Tensor
@@ -130,6 +131,12 @@ def test_large_tensors_are_written_so_that_they_are_mapped_on_huge_pages(tmp_pat
             for first in range(0, data.size, 4 << 20):
                 file.write(data[first : first + (4 << 20)])
         assert pmd_mapped_bytes(path) >= pmd_mapped_bytes(best) // 2
+
+
+def test_pieces_are_joined_to_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "WRITE_BYTES", 4)
+    pieces = [b"abcdefghi", b"", b"j", b"klm"]
+    assert [bytes(block) for block in writer._joined(pieces)] == [b"abcd", b"efgh", b"ijkl", b"m"]
 
 
 def change(**metadata: str | None) -> Callable[[dict[str, Any]], None]:

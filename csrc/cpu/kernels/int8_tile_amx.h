@@ -241,6 +241,7 @@ __attribute__((noinline)) void multiply_few_by_tiles(const Group& group, const T
     alignas(64) int32_t sums[kAmxRows * kStripRows];
     _tile_loadd(2, tokens.codes(), kGroupCols);
     _tile_loadd(3, tokens.codes() + kGroupCols / 2, kGroupCols);
+    static_assert(kStripRows / (2 * kAmxRows) * 4 == 8, "products, and so requests");
     const uint8_t* fetched = group.codes;
     const auto fetch_lines = [&] {
         if constexpr (kFetches) {

@@ -27,7 +27,7 @@ def map_file(path: Path, kind: str) -> NDArray[np.uint8]:
         raise FileFormatError(f"{path} is empty; expected a {kind} file: fetch it again")
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Decoding reads all weights for every token, and reads them faster from huge pages (docs/decisions/003). Where the
+    # Decoding reads all weights for every token, and reads them faster from huge pages (docs/decisions/007). Where the
     # system can, what comes from the disk from now on lies on them.
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
