@@ -13,9 +13,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gemma2_fast.triton_kernels.attention_prefill import HEAD_SHAPES, PAGE_TOKENS, checked_cap, weigh
+from gemma2_fast.triton_kernels.attention_common import attention_specialisations, checked_cap, weigh
 from gemma2_fast.triton_kernels.specialisation import Specialisation
-from gemma2_fast.triton_kernels.tuning import tuned
 
 
 @triton.jit
@@ -151,25 +150,5 @@ def attention_decode(
 
 
 def specialisations(arch: int) -> Iterator[Specialisation]:
-    for head_dim, group in HEAD_SHAPES:
-        sizes = tuned("attention_decode", arch, head_dim=head_dim)
-        for capped in (False, True):
-            for windowed in (False, True):
-                yield Specialisation(
-                    op="attention_decode",
-                    kernel=attention_decode_kernel,
-                    types={
-                        **dict.fromkeys(("queries", "pages", "out"), "*bf16"),
-                        **dict.fromkeys(("block_table", "first_token", "context_tokens", "arrivals"), "*i32"),
-                        **dict.fromkeys(("parts", "part_sums"), "*fp32"),
-                        **dict.fromkeys(("num_kv_heads", "table_width", "query_stride", "out_stride", "window"), "i32"),
-                        **dict.fromkeys(("scale", "cap"), "fp32"),
-                    },
-                    constants={
-                        "CAPPED": capped, "WINDOWED": windowed, "GROUP": group, "HEAD_DIM": head_dim,
-                        "PAGE": PAGE_TOKENS, **sizes.constants,
-                    },
-                    divisible=frozenset({"query_stride", "out_stride"}),
-                    num_warps=sizes.num_warps,
-                    num_stages=sizes.num_stages,
-                )  # fmt: skip
+    scratch = {"parts": "*fp32", "part_sums": "*fp32", "arrivals": "*i32"}
+    return attention_specialisations("attention_decode", attention_decode_kernel, scratch, arch)

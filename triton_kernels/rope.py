@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gemma2_fast.triton_kernels.attention_prefill import HEAD_SHAPES, PAGE_TOKENS
+from gemma2_fast.triton_kernels.attention_common import HEAD_SHAPES, PAGE_TOKENS
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 
 
