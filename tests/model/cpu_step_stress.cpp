@@ -105,9 +105,14 @@ int main() {
     CachePlan plan = small_plan();
     Weights weights;
     ModelWeights views = weights.of(spec);
-    const Limits limits{kStreams, kStepTokens, kMaxSeqLen, kStepTokens, kVocab};
+    const Limits limits{kStreams, kStepTokens, kMaxSeqLen, kStepTokens, kVocab, std::nullopt};
     for (InstructionSet set : available_instruction_sets()) {
-        CpuStep::Options options{KvType::kF32, set, 3, kStepTokens, kStepTokens};
+        const CpuStep::Options options{.activations = Activations::kF32,
+                                       .kv_type = KvType::kF32,
+                                       .instruction_set = set,
+                                       .num_threads = 3,
+                                       .max_step_tokens = kStepTokens,
+                                       .max_logits_rows = kStepTokens};
         auto step = std::make_shared<CpuStep>(spec, views, plan, options);
         step->poison_cache();
         DecodeLoop loop(step, plan, limits);

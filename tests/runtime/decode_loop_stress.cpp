@@ -171,8 +171,9 @@ void run_stream(DecodeLoop& loop, DecodeLoop& unloaded, std::mutex& unloaded_tur
 
 void check_concurrent_streams(int num_rounds) {
     const CachePlan plan = small_plan();
-    DecodeLoop loop(std::make_shared<HistoryStep>(plan), plan, {8, 24, kMaxSeqLen, 16, kVocab});
-    DecodeLoop unloaded(std::make_shared<HistoryStep>(plan), plan, {1, kMaxSeqLen, kMaxSeqLen, kMaxSeqLen, kVocab});
+    DecodeLoop loop(std::make_shared<HistoryStep>(plan), plan, {8, 24, kMaxSeqLen, 16, kVocab, std::nullopt});
+    DecodeLoop unloaded(std::make_shared<HistoryStep>(plan), plan,
+                        {1, kMaxSeqLen, kMaxSeqLen, kMaxSeqLen, kVocab, std::nullopt});
     std::mutex unloaded_turn;
     std::vector<std::thread> streams;
     for (int stream = 0; stream < kStreams; ++stream)
@@ -192,7 +193,7 @@ void check_concurrent_streams(int num_rounds) {
 void check_close_while_busy() {
     for (int round = 0; round < 20; ++round) {
         const CachePlan plan = small_plan();
-        DecodeLoop loop(std::make_shared<HistoryStep>(plan), plan, {8, 24, kMaxSeqLen, 16, kVocab});
+        DecodeLoop loop(std::make_shared<HistoryStep>(plan), plan, {8, 24, kMaxSeqLen, 16, kVocab, std::nullopt});
         std::vector<std::thread> streams;
         std::atomic<int> num_refused = 0;
         for (int stream = 0; stream < kStreams; ++stream)
