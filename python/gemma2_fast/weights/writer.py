@@ -142,23 +142,23 @@ def _write_file(path: Path, tensors: Mapping[str, TensorSource], metadata: Mappi
                 )
 
     with path.open("wb", buffering=0) as file:
-        for block in _joined(pieces()):
-            rest = memoryview(block)
+        for rest in _joined(pieces()):
             while rest:
                 rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
 
 
-def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytearray]:
-    """The same bytes in blocks of WRITE_BYTES; the last may be shorter."""
-    block = bytearray()
+def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """The same bytes in blocks of WRITE_BYTES, each in the place of the one before; the last may be shorter."""
+    block, filled = memoryview(bytearray(WRITE_BYTES)), 0
     for piece in pieces:
         rest = memoryview(piece)
         while rest:
-            taken = WRITE_BYTES - len(block)
-            block += rest[:taken]
+            taken = min(len(rest), WRITE_BYTES - filled)
+            block[filled : filled + taken] = rest[:taken]
+            filled += taken
             rest = rest[taken:]
-            if len(block) == WRITE_BYTES:
+            if filled == WRITE_BYTES:
                 yield block
-                block = bytearray()
-    yield block
+                filled = 0
+    yield block[:filled]
