@@ -49,6 +49,15 @@ ALLOWED_SPILLS = {
 MANIFEST_VERSION = 1
 HIDDEN_POINTERS = 2  # after the arguments: Triton's scratch, null where none is needed
 
+# What Triton says of a kernel that needs nothing else.
+PLAIN_LAUNCH = {
+    "global_scratch_size": 0,
+    "profile_scratch_size": 0,
+    "num_ctas": 1,
+    "launch_pdl": False,
+    "launch_cooperative_grid": False,
+}
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -122,14 +131,8 @@ def check_launch(name: str, ptx: str, num_arguments: int, metadata: Any) -> None
     num_parameters = ptx.partition(".entry")[2].partition(")")[0].count(".param")
     if num_parameters != num_arguments + HIDDEN_POINTERS:
         raise RuntimeError(f"{name} has {num_parameters} parameters, expected {num_arguments} and {HIDDEN_POINTERS}")
-    plain = {
-        "global_scratch_size": 0,
-        "profile_scratch_size": 0,
-        "num_ctas": 1,
-        "launch_pdl": False,
-        "launch_cooperative_grid": False,
-    }
-    if other := {key: getattr(metadata, key) for key, value in plain.items() if getattr(metadata, key) != value}:
+    found = {key: getattr(metadata, key) for key in PLAIN_LAUNCH}
+    if other := {key: value for key, value in found.items() if value != PLAIN_LAUNCH[key]}:
         raise RuntimeError(f"{name} needs a launch that is not described: {other}")
 
 

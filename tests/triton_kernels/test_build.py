@@ -96,7 +96,7 @@ def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:
 
 def test_splits_meet_behind_a_barrier(compilation: Compilation) -> None:
     """The interpreter runs one program after another, so only this shows that all threads have stored their part before
-    one reports it, and that parts are read past the first-level cache."""
+    one reports it, whoever put the barrier there, and that parts are read past the first-level cache."""
     before, atomic, after = compilation.of(DECODE.format(1), FULL).ptx.partition("atom.global.gpu.acq_rel")
     assert atomic
     stored = before.rpartition("st.global")[2]
@@ -145,19 +145,12 @@ def test_a_refused_build_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_launch_that_is_not_plain_is_refused() -> None:
-    plain = {
-        "global_scratch_size": 0,
-        "profile_scratch_size": 0,
-        "num_ctas": 1,
-        "launch_pdl": False,
-        "launch_cooperative_grid": False,
-    }
     ptx = ".visible .entry k(\n.param .u64 a,\n.param .u64 b,\n.param .u64 c\n)\n"
-    build.check_launch("k", ptx, 1, SimpleNamespace(**plain))
+    build.check_launch("k", ptx, 1, SimpleNamespace(**build.PLAIN_LAUNCH))
     with pytest.raises(RuntimeError, match="k has 3 parameters, expected 2 and 2"):
-        build.check_launch("k", ptx, 2, SimpleNamespace(**plain))
+        build.check_launch("k", ptx, 2, SimpleNamespace(**build.PLAIN_LAUNCH))
     with pytest.raises(RuntimeError, match="not described: {'num_ctas': 2}"):
-        build.check_launch("k", ptx, 1, SimpleNamespace(**{**plain, "num_ctas": 2}))
+        build.check_launch("k", ptx, 1, SimpleNamespace(**{**build.PLAIN_LAUNCH, "num_ctas": 2}))
 
 
 def geglu() -> Specialisation:

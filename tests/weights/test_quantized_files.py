@@ -105,17 +105,32 @@ def test_only_whole_known_tensors_are_written(tmp_path: Path) -> None:
         write_quantized(tmp_path, {"__metadata__": TensorSource.of(few_tensors()["norm"])}, ORIGIN)
 
 
-def pmd_mapped_bytes(path: Path) -> int:
-    """What of a mapping of the file, every page touched, lies on huge pages."""
-    mapped = map_file(path, "any")
-    assert mapped[:: mmap.PAGESIZE].sum() > 0
+def said_of_mapping(path: Path, key: str) -> list[str]:
+    """What the system says under a key of the process's mapping of the file."""
     found = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match("[0-9a-f]+-", line):
             found = line.endswith(str(path))
-        elif found and line.startswith("FilePmdMapped:"):
-            return int(line.split()[1]) << 10
+        elif found and line.startswith(key + ":"):
+            return line.split()[1:]
     raise AssertionError(f"{path} is not mapped")
+
+
+def pmd_mapped_bytes(path: Path) -> int:
+    """What of a mapping of the file, every page touched, lies on huge pages."""
+    mapped = map_file(path, "any")
+    assert mapped[:: mmap.PAGESIZE].sum() > 0
+    return int(said_of_mapping(path, "FilePmdMapped")[0]) << 10
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+def test_a_mapping_asks_for_huge_pages(tmp_path: Path) -> None:
+    """Which matters when the file comes from the disk: that cannot be had here, so only the request is looked at."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8 << 20))
+    mapped = map_file(path, "any")
+    assert "hg" in said_of_mapping(path, "VmFlags")
+    assert mapped.size == 8 << 20
 
 
 def test_large_tensors_are_written_so_that_they_are_mapped_on_huge_pages(tmp_path: Path) -> None:
