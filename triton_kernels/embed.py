@@ -8,8 +8,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gemma2_fast.triton_kernels.matmul import GROUP_COLS
 from gemma2_fast.triton_kernels.specialisation import Specialisation
+from gemma2_fast.triton_kernels.weight_formats import GROUP_COLS
 
 
 @triton.jit

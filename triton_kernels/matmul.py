@@ -6,6 +6,7 @@ block sizes alone. With GEGLU the matrix holds the rows of gate and then of up, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,110 +16,169 @@ import triton.language as tl
 from gemma2_fast.triton_kernels.numerics import gelu_tanh
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.triton_kernels.tuning import tuned
+from gemma2_fast.triton_kernels.weight_formats import (
+    BF16,
+    FACTOR_TYPE,
+    FORMATS,
+    GROUP_COLS,
+    INT8,
+    SCALE_TYPE,
+    WEIGHT_TYPES,
+    format_of,
+)
 
-GROUP_COLS = 128  # columns that share a scale
 MOST_TOKENS = 16
 
 
 @triton.jit
-def _scales(scales, row, column, cols, inside, GROUP: tl.constexpr):
-    place = row.to(tl.int64) * tl.cdiv(cols, GROUP) + column // GROUP
-    return tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+def _one_token(
+    x, weight, scales, row, rows, cols,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """[ROWS] float32. A thread adds up the 16 bytes of weights that it loads, then scales their sum: a tile of scales
+    has one number a group. Lanes meet at the end."""
+    SPAN: tl.constexpr = COLS if FORMAT == BF16 else GROUP
+    SPANS: tl.constexpr = COLS // SPAN
+    CHUNK: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = SPAN // CHUNK
+    span = tl.arange(0, SPANS)
+    lane = tl.arange(0, LANES)
+    first = (span * SPAN)[:, None] + (lane * CHUNK)[None, :]
+    column = first[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
+    present = row < rows
+    places = weight + row.to(tl.int64)[:, None, None, None] * cols + column[None, :, :, :]
+    groups = tl.cdiv(cols, GROUP)
+    scale_places = scales + row.to(tl.int64)[:, None] * groups + span[None, :]
+    sums = tl.zeros([ROWS, SPANS, LANES], tl.float32)
+    for begin in range(0, cols, COLS):
+        inside = begin + column < cols
+        weights = tl.load(
+            places + begin, mask=present[:, None, None, None] & inside[None, :, :, :], other=0.0,
+            eviction_policy="evict_first",
+        )  # fmt: skip
+        scale = 1.0
+        if FORMAT == INT8:
+            of_group = present[:, None] & (begin // GROUP + span < groups)[None, :]
+            scale = tl.load(scale_places + begin // GROUP, mask=of_group, other=0.0).to(tl.float32)[:, :, None]
+        values = tl.load(x + begin + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        sums += tl.sum(weights.to(tl.float32) * values[None, :, :, :], 3) * scale
+    return tl.sum(tl.sum(sums, 2), 1)
 
 
 @triton.jit
-def _sums(x, weight, scales, row, rows, cols, num_tokens, INT8: tl.constexpr, TOKENS: tl.constexpr,
-          ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """[TOKENS, ROWS] float32. One token: lanes add up along the rows and meet at the end. More: on the matrix units."""
+def _several_tokens(
+    x_rows, present, weight, scales, row, rows, cols,
+    FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """[TOKENS, ROWS] float32, on the matrix units."""
+    tl.static_assert(FORMAT == BF16 or COLS == GROUP, "a block of columns must be a group")
     columns = tl.arange(0, COLS)
-    token = tl.arange(0, TOKENS)
     places = weight + row.to(tl.int64)[:, None] * cols + columns[None, :]
-    lanes = tl.zeros([ROWS, COLS], tl.float32)
+    scale_places = scales + row.to(tl.int64) * tl.cdiv(cols, GROUP)
     sums = tl.zeros([TOKENS, ROWS], tl.float32)
     for begin in range(0, cols, COLS):
         column = begin + columns
         inside = (row[:, None] < rows) & (column[None, :] < cols)
         weights = tl.load(places + begin, mask=inside, other=0.0, eviction_policy="evict_first")
-        if TOKENS == 1:
-            values = tl.load(x + column, mask=column < cols, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            products = weights.to(tl.float32) * values[None, :]
-            if INT8:
-                products *= _scales(scales, row[:, None], column[None, :], cols, inside, GROUP)
-            lanes += products
-        else:
-            present = (token[:, None] < num_tokens) & (column[None, :] < cols)
-            values = tl.load(
-                x + token[:, None] * cols + column[None, :], mask=present, other=0.0, eviction_policy="evict_last"
-            )
-            products = tl.dot(values, tl.trans(weights.to(values.dtype)))
-            if INT8:  # a block of columns is a group
-                products *= _scales(scales, row, begin, cols, row < rows, GROUP)[None, :]
-            sums += products
+        values = tl.load(
+            x_rows[:, None] + column[None, :], mask=present[:, None] & (column[None, :] < cols), other=0.0,
+            eviction_policy="evict_last",
+        )  # fmt: skip
+        products = tl.dot(values, tl.trans(weights.to(values.dtype)))
+        if FORMAT == INT8:
+            scale = tl.load(scale_places + begin // GROUP, mask=row < rows, other=0.0).to(tl.float32)
+            products *= scale[None, :]
+        sums += products
+    return sums
+
+
+@triton.jit
+def _sums(
+    x_rows, present, weight, scales, row, rows, cols,
+    FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     if TOKENS == 1:
-        sums = tl.sum(lanes, 1)[None, :]
+        sums = _one_token(x_rows, weight, scales, row, rows, cols, FORMAT, ROWS, COLS, GROUP)[None, :]
+    else:
+        sums = _several_tokens(
+            x_rows, present, weight, scales, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP
+        )  # fmt: skip
     return sums
 
 
 @triton.jit
 def matmul_kernel(
-    x, weight, scales, out, rows, cols, num_tokens,
-    INT8: tl.constexpr, GEGLU: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    GROUP: tl.constexpr,
+    x, row_index, weight, scales, factors, out, rows, cols, num_tokens,
+    FORMAT: tl.constexpr, GEGLU: tl.constexpr, GATHER: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[t, r] = sum over c of weight[r, c] * x[t, c]; with GEGLU gelu_tanh(that of row r) * that of row rows + r.
 
-    x [T, cols], T = num_tokens <= TOKENS, which is 1 or at least 16; out [T, rows]; weight [rows, cols], twice as many
-    rows with GEGLU. INT8: codes, with scales [rows, cols / GROUP, rounded up]; several tokens need COLS = GROUP then.
-    Rounded once.
-    Grid: (rows / ROWS, rounded up).
+    x [T, cols], T = num_tokens <= TOKENS, which is 1 or at least 16; with GATHER x has any number of rows, and
+    row_index [T] says which to take. out [T, rows]; weight [rows, cols], twice as many rows with GEGLU. FORMAT INT8:
+    codes, with scales [rows, cols / GROUP, rounded up]; COLS holds whole groups then, with several tokens just one.
+    Rounded once. Grid: (rows / ROWS, rounded up).
     """
-    tl.static_assert(TOKENS == 1 or not INT8 or COLS == GROUP, "a block of columns must be a group")
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    values = _sums(x, weight, scales, row, rows, cols, num_tokens, INT8, TOKENS, ROWS, COLS, GROUP)
-    if GEGLU:
-        up = _sums(x, weight, scales, rows + row, 2 * rows, cols, num_tokens, INT8, TOKENS, ROWS, COLS, GROUP)
-        values = gelu_tanh(values) * up
     token = tl.arange(0, TOKENS)
-    present = (token[:, None] < num_tokens) & (row[None, :] < rows)
-    tl.store(out + token[:, None] * rows + row[None, :], values.to(out.dtype.element_ty), mask=present)
+    present = token < num_tokens
+    if TOKENS == 1:
+        x_rows = x
+        if GATHER:
+            x_rows += tl.load(row_index).to(tl.int64) * cols
+    else:
+        x_row = token
+        if GATHER:
+            x_row = tl.load(row_index + token, mask=present, other=0)
+        x_rows = x + x_row.to(tl.int64) * cols
+    values = _sums(x_rows, present, weight, scales, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP)
+    if GEGLU:
+        up = _sums(x_rows, present, weight, scales, rows + row, 2 * rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP)
+        values = gelu_tanh(values) * up
+    places = out + token.to(tl.int64)[:, None] * rows + row[None, :]
+    tl.store(places, values.to(out.dtype.element_ty), mask=present[:, None] & (row < rows)[None, :])
 
 
 def matmul(
-    x: Any, weight: Any, out: Any, scales: Any = None, *, geglu: bool = False, rows: int = 8, cols: int = 512,
-    num_warps: int = 4, num_stages: int = 3,
+    x: Any, weight: Any, out: Any, scales: Any = None, *, geglu: bool = False, row_index: Any = None, rows: int = 8,
+    cols: int = 512, num_warps: int = 4, num_stages: int = 3,
 ) -> None:  # fmt: skip
-    """x [T, cols], T <= 16; weight [rows or 2 rows, cols], with scales [rows or 2 rows, groups] int8 codes; out
-    [T, rows].
+    """x [T, cols], T <= 16, or any number of rows, of which row_index [T] int32 says which to take; weight [rows or
+    2 rows, cols], with scales [rows or 2 rows, groups] int8 codes; out [T, rows].
 
     rows and cols: of a block. Contiguous tensors on one device.
     """
-    num_tokens, width = x.shape
-    num_rows = out.shape[1]
+    num_tokens, num_rows = out.shape
     if num_tokens > MOST_TOKENS:
         raise ValueError(f"matmul: at most {MOST_TOKENS} tokens at once, got {num_tokens}")
     matmul_kernel[(triton.cdiv(num_rows, rows),)](
-        x, weight, x if scales is None else scales, out, num_rows, width, num_tokens,
-        INT8=scales is not None, GEGLU=geglu, TOKENS=1 if num_tokens == 1 else MOST_TOKENS, ROWS=rows, COLS=cols,
-        GROUP=GROUP_COLS, num_warps=num_warps, num_stages=num_stages,
+        x, x if row_index is None else row_index, weight, x if scales is None else scales, x, out, num_rows,
+        x.shape[1], num_tokens, FORMAT=format_of(scales), GEGLU=geglu, GATHER=row_index is not None,
+        TOKENS=1 if num_tokens == 1 else MOST_TOKENS, ROWS=rows, COLS=cols, GROUP=GROUP_COLS, num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
 
 
+# Of GEGLU and GATHER, and the type of the result: a plain product, that of gate and up, and the output head.
+PURPOSES = ((False, False, "*bf16"), (True, False, "*bf16"), (False, True, "*fp32"))
+
+
 def specialisations(arch: int) -> Iterator[Specialisation]:
-    for int8 in (False, True):
-        for geglu in (False, True):
-            for tokens in (1, MOST_TOKENS):
-                sizes = tuned("matmul", arch, tokens=tokens, int8=int8)
-                yield Specialisation(
-                    op="matmul",
-                    kernel=matmul_kernel,
-                    types={
-                        **{"x": "*bf16", "weight": "*i8" if int8 else "*bf16", "scales": "*bf16", "out": "*bf16"},
-                        **dict.fromkeys(("rows", "cols", "num_tokens"), "i32"),
-                    },
-                    constants={
-                        "INT8": int8, "GEGLU": geglu, "TOKENS": tokens, "GROUP": GROUP_COLS, **sizes.constants,
-                    },
-                    divisible=frozenset({"rows", "cols"}),
-                    num_warps=sizes.num_warps,
-                    num_stages=sizes.num_stages,
-                )  # fmt: skip
+    for code, tokens, (geglu, gather, out) in itertools.product(FORMATS, (1, MOST_TOKENS), PURPOSES):
+        sizes = tuned("matmul", arch, tokens=tokens, format=code)
+        yield Specialisation(
+            op="matmul",
+            kernel=matmul_kernel,
+            types={
+                **{"x": "*bf16", "row_index": "*i32", "weight": WEIGHT_TYPES[code], "scales": SCALE_TYPE},
+                **{"factors": FACTOR_TYPE, "out": out},
+                **dict.fromkeys(("rows", "cols", "num_tokens"), "i32"),
+            },
+            constants={
+                **{"FORMAT": code, "GEGLU": geglu, "GATHER": gather, "TOKENS": tokens, "GROUP": GROUP_COLS},
+                **sizes.constants,
+            },
+            divisible=frozenset({"rows", "cols"}),
+            num_warps=sizes.num_warps,
+            num_stages=sizes.num_stages,
+        )

@@ -33,6 +33,7 @@ def largest(op: str, arch: int) -> str:
 FULL = build.SPILLS_CHECKED_ON
 CASES = [(s.name, FULL) for s in build.needed(FULL)]
 CASES += [(largest(op, arch), arch) for arch in build.TARGETS if arch != FULL for op in build.OPS]
+MATMUL_INT8 = "matmul_format1_geglu0_gather0_tokens1_group128_rows8_cols1024_bf16_i32_i8_u8"
 PREFILL = "attention_prefill_capped{}_windowed1_group2_head_dim256_page64_tile128_block32_bf16_i32"
 DECODE = "attention_decode_capped{}_windowed1_group2_head_dim256_page64_rows16_block64_bf16_i32_fp32"
 
@@ -86,6 +87,12 @@ def test_loads_are_wide(compilation: Compilation, op: str) -> None:
     """Sixteen bytes a thread: what the promises of alignment are for."""
     ptx = compilation.of(largest(op, FULL), FULL).ptx
     assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
+
+
+def test_a_scale_is_loaded_for_many_weights(compilation: Compilation) -> None:
+    """Of one token: for the 16 codes of a load, which all lie in one group."""
+    ptx = compilation.of(MATMUL_INT8, FULL).ptx
+    assert 0 < len(re.findall(r"ld\.global\S*\.b16", ptx)) <= len(re.findall(r"ld\.global\S*evict_first\S*\.v4", ptx))
 
 
 def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:

@@ -34,6 +34,16 @@ def draw(*shape: int) -> Floats:
     return np.random.default_rng(shape).standard_normal(shape, np.float32)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_by_hand(tokens: int) -> None:
+    """Rows 1 2 3 and 4 5 6 times 1 10 100; as int8 with scales of a half and of two."""
+    x = np.tile(np.array([1, 10, 100], np.float32), (tokens, 1))
+    codes = np.array([[1, 2, 3], [4, 5, 6]], np.int8)
+    np.testing.assert_array_equal(matmul(x, codes.astype(np.float32), 2, rows=16, cols=64), [[321, 654]] * tokens)
+    scales = np.array([[0.5], [2]], np.float32)
+    np.testing.assert_array_equal(matmul(x, codes, 2, scales, rows=16, cols=128), [[160.5, 1308]] * tokens)
+
+
 @pytest.mark.parametrize("geglu", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 8, 16])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (16, 64), (17, 65), (40, 200)])
@@ -60,8 +70,21 @@ def test_int8(tokens: int, cols: int, block: int, geglu: bool) -> None:
     exact, usual = plain.exact_and_plain(product, x, weight, geglu=geglu)
     ours = matmul(x, codes, rows, scales, geglu=geglu, rows=16, cols=block)
     assert_close("matmul triton", ours, exact, usual)
-    wrong_group = codes * np.repeat(np.roll(scales, 1, axis=0), 128, axis=1)[:, :cols]
-    assert_rejected("matmul triton", product(x, wrong_group, geglu), exact, usual)
+    for axis in (0, 1) if groups > 1 else (0,):
+        wrong_group = codes * np.repeat(np.roll(scales, 1, axis), 128, axis=1)[:, :cols]
+        assert_rejected("matmul triton", product(x, wrong_group, geglu), exact, usual)
+
+
+@pytest.mark.parametrize("wanted", [[4], [0, 4, 2], [6, 6]])
+def test_gathered_rows(wanted: list[int]) -> None:
+    """As where only some tokens' logits are wanted: the same numbers as of those rows alone."""
+    x, weight = draw(7, 150), draw(33, 150)
+    alone = matmul(x[wanted], weight, 33, rows=16, cols=64)
+    out = torch.full((len(wanted), 33), torch.nan)
+    chosen = torch.tensor(wanted, dtype=torch.int32)
+    given = (torch.from_numpy(x), torch.from_numpy(weight), out)
+    kernel.matmul(*given, row_index=chosen, rows=16, cols=64)
+    np.testing.assert_array_equal(out.numpy(), alone)
 
 
 def test_gate_comes_first() -> None:

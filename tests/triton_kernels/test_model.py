@@ -54,6 +54,11 @@ class KernelModel:
             mlp = f"layers.{index}.mlp."
             self.weights[mlp + "gate_up"] = torch.cat([self.weights[mlp + "gate"], self.weights[mlp + "up"]])
 
+    def logits(self, x: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        out = torch.full((len(tokens), self.spec.vocab_size), torch.nan)
+        matmul(x, self.weights["embedding"], out, row_index=torch.tensor(tokens, dtype=torch.int32), **BLOCKS)
+        return out
+
     def product(self, x: torch.Tensor, name: str, gated: bool = False) -> torch.Tensor:
         """Up to sixteen tokens by the kernel; more, as in a prefill, by a library and the activation's own kernel."""
         weight = self.weights[name]
@@ -100,7 +105,7 @@ class KernelModel:
             before = self.weights["final_norm" if last else f"layers.{index + 1}.norm_before_mixer"]
             rms_norm_add(down, after, residual, before, epsilon, normed)
         self.context += tokens
-        logits = self.product(normed[-1:], "embedding")[0]
+        logits = self.logits(normed, [tokens - 1])[0]
         cap = self.spec.final_softcap
         return (logits if cap is None else cap * torch.tanh(logits / cap)).numpy()
 
