@@ -161,7 +161,7 @@ def attention(ops: _core.Ops, model: str, context: int, num_queries: int, kv_typ
     group_heads = num_heads // num_kv_heads
     rng = np.random.default_rng(3)
     num_blocks = -(-context // PAGE_TOKENS)
-    page_bytes = PagedKv((0,), 1, head_dim, None, 1, 1).block_bytes(kv_type)
+    page_bytes = PagedKv((0,), 1, head_dim, None, 1, 1).block_bytes(kv_type, PAGE_TOKENS)
     element, largest_error = KV_TYPES[kv_type]
     pages: NDArray[Any] = np.zeros((num_blocks, 1, page_bytes // np.dtype(element).itemsize), element)
     # Few bits, so that bfloat16 holds them too.

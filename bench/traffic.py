@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gemma2_fast.description import Description
-from gemma2_fast.engine.cache_plan import PAGE_TOKENS, CachePlan
+from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.errors import BackendError
 from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.manifest import manifest
@@ -28,7 +28,9 @@ def weight_bytes(description: Description, quantization: str | None) -> int:
 def kv_bytes(cache: CachePlan, context: int) -> float:
     """Bytes of the keys and values that one sequence's step reads."""
     return sum(
-        group.block_bytes(cache.kv_dtype) / PAGE_TOKENS * min(context, group.window_keys or context)
+        group.block_bytes(cache.kv_dtype, cache.page_tokens)
+        / cache.page_tokens
+        * min(context, group.window_keys or context)
         for group in cache.paged
     )
 

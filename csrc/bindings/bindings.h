@@ -11,5 +11,6 @@ void bind_ops(pybind11::module_& module);
 void bind_quantize(pybind11::module_& module);  // ThreadPool must be bound
 void bind_runtime(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);  // the model must be bound
 
 }  // namespace gemma2_fast

@@ -1,7 +1,6 @@
 #include "cpu/cpu_layers.h"
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 
 #include "base/errors.h"
@@ -15,22 +14,6 @@ Gain load_gain(const ModelWeights& weights, const std::string& name, int64_t wid
     kernels.dequantize_row(view, 0, gain.data());
     for (float& value : gain.span()) value += 1.0f;
     return gain;
-}
-
-void require(bool holds, const std::string& layer, const std::string& what) {
-    if (!holds) throw Error(layer + what);
-}
-
-// Kernels trust these numbers, so whatever made the spec is checked here.
-void check_attention(const AttentionSpec& spec, const std::string& layer) {
-    require(spec.num_query_heads > 0 && spec.num_kv_heads > 0 && spec.head_dim > 0 &&
-                spec.num_query_heads % spec.num_kv_heads == 0,
-            layer, "query heads must be a multiple of kv heads, and both and head_dim positive");
-    require(2 * static_cast<int64_t>(spec.rope.inverse_frequencies.size()) <= spec.head_dim, layer,
-            "RoPE turns more dims than a head has");
-    require(!spec.window_keys || *spec.window_keys > 0, layer, "the window must hold at least one key");
-    require(!spec.score_softcap || (std::isfinite(*spec.score_softcap) && *spec.score_softcap > 0), layer,
-            "the score soft cap must be positive and finite");
 }
 
 template <typename Load>
@@ -50,24 +33,6 @@ CpuAttention load_attention(const AttentionSpec& spec, const ModelWeights& weigh
     return attention;
 }
 
-void join_cache_group(CpuAttention& attention, int32_t layer_index, const CachePlan& plan) {
-    for (std::size_t group = 0; group < plan.paged.size(); ++group) {
-        const std::vector<int32_t>& layers = plan.paged[group].layers;
-        auto found = std::find(layers.begin(), layers.end(), layer_index);
-        if (found == layers.end()) continue;
-        const PagedKvGroup& joined = plan.paged[group];
-        const AttentionSpec& spec = attention.spec;
-        require(joined.num_kv_heads == spec.num_kv_heads && joined.head_dim == spec.head_dim &&
-                    joined.window_keys == spec.window_keys && joined.num_blocks > 0 && joined.table_width > 0,
-                "layer " + std::to_string(layer_index) + ": ",
-                "the cache group has other kv heads, another head_dim or another window, or no room");
-        attention.group_index = group;
-        attention.group_layer = static_cast<std::size_t>(found - layers.begin());
-        return;
-    }
-    throw Error("cache plan: layer " + std::to_string(layer_index) + " has no group");
-}
-
 }  // namespace
 
 CpuModel::CpuModel(const ModelSpec& model_spec, ModelWeights model_weights, const CachePlan& plan,
@@ -84,11 +49,12 @@ CpuModel::CpuModel(const ModelSpec& model_spec, ModelWeights model_weights, cons
         if (!attention_spec)
             throw BackendError("the CPU backend has no recurrent layers yet; use a Gemma 1, 2 or 3 model");
         std::string prefix = "layers." + std::to_string(index) + ".";
-        check_attention(*attention_spec, prefix + "attention: ");
+        check_spec(*attention_spec, prefix + "attention: ");
         CpuLayer layer;
         layer.gain_before_mixer = load_gain(weights, prefix + "norm_before_mixer", width, kernels);
         layer.attention = load_attention(*attention_spec, weights, prefix + "attention.", width, kernels, matrix);
-        join_cache_group(layer.attention, static_cast<int32_t>(index), plan);
+        layer.attention.place = place_in_cache(plan, static_cast<int32_t>(index), attention_spec->num_kv_heads,
+                                               attention_spec->head_dim, attention_spec->window_keys);
         auto rope = std::find(ropes.begin(), ropes.end(), attention_spec->rope);
         layer.attention.rope_index = static_cast<std::size_t>(rope - ropes.begin());
         if (rope == ropes.end()) ropes.push_back(attention_spec->rope);

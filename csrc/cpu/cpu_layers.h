@@ -18,9 +18,8 @@ struct CpuAttention {
     AttentionSpec spec;
     Matrix query, key, value, output;
     std::optional<Gain> query_gain, key_gain;
-    std::size_t rope_index = 0;   // into CpuModel::ropes
-    std::size_t group_index = 0;  // into CachePlan::paged
-    std::size_t group_layer = 0;  // this layer's place in that group
+    std::size_t rope_index = 0;  // into CpuModel::ropes
+    CachePlace place;
 };
 
 struct CpuLayer {

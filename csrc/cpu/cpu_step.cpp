@@ -8,6 +8,7 @@
 
 #include "base/errors.h"
 #include "base/huge_pages.h"
+#include "runtime/check_batch.h"
 
 namespace gemma2_fast {
 namespace {
@@ -57,7 +58,7 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
         kv_heads = std::max(kv_heads, attention.num_kv_heads);
         attention_scratch =
             std::max(attention_scratch, kernels_.attention_scratch_floats(group_heads, attention.head_dim));
-        const int64_t keys = plan.paged[layer.attention.group_index].table_width * kPageTokens;
+        const int64_t keys = plan.paged[layer.attention.place.group_index].table_width * kPageTokens;
         attention_parts =
             std::max(attention_parts, AttentionRun::part_floats(kernels_, group_heads, attention.head_dim, keys));
         for (const Matrix* matrix : {&layer.attention.query, &layer.attention.key, &layer.attention.value,
@@ -105,7 +106,8 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
 }
 
 void CpuStep::run(const StepBatch& batch, std::span<float> logits) {
-    check(batch, logits);
+    check_batch(batch, plan_, {options_.max_step_tokens, options_.max_logits_rows, model_.spec.vocab_size},
+                static_cast<int64_t>(logits.size()));
     embed(batch);
     compute_rope_tables(batch);
     for (const CpuLayer& layer : model_.layers) {
@@ -118,46 +120,6 @@ void CpuStep::run(const StepBatch& batch, std::span<float> logits) {
 void CpuStep::poison_cache() {
     for (AlignedBuffer<std::byte>& pages : cache_)
         std::memset(pages.data(), 0xff, pages.size());  // all ones is a NaN as an element and as a scale
-}
-
-// The scheduler may have been given other limits or another plan than this step.
-void CpuStep::check(const StepBatch& batch, std::span<float> logits) const {
-    int64_t num_tokens = batch.num_tokens(), vocab_size = model_.spec.vocab_size;
-    if (num_tokens < 1 || num_tokens > options_.max_step_tokens || batch.num_logits() > options_.max_logits_rows)
-        throw Error("step of " + std::to_string(num_tokens) + " tokens and " + std::to_string(batch.num_logits()) +
-                    " logit rows, planned for 1 to " + std::to_string(options_.max_step_tokens) + " and up to " +
-                    std::to_string(options_.max_logits_rows));
-    if (static_cast<int64_t>(logits.size()) != batch.num_logits() * vocab_size)
-        throw Error("logits have " + std::to_string(logits.size()) + " elements, expected " +
-                    std::to_string(batch.num_logits() * vocab_size));
-    for (int32_t token : batch.token_ids)
-        if (token < 0 || token >= vocab_size)
-            throw Error("token id " + std::to_string(token) + " is outside the vocabulary of " +
-                        std::to_string(vocab_size));
-    if (batch.block_table.size() != plan_.paged.size())
-        throw Error("the batch has block tables of " + std::to_string(batch.block_table.size()) +
-                    " groups, the cache " + std::to_string(plan_.paged.size()));
-    for (std::size_t group = 0; group < plan_.paged.size(); ++group) check_blocks(batch, group);
-}
-
-// Every page that a query may read or write must exist.
-void CpuStep::check_blocks(const StepBatch& batch, std::size_t group_index) const {
-    const PagedKvGroup& group = plan_.paged[group_index];
-    const std::vector<int32_t>& table = batch.block_table[group_index];
-    if (static_cast<int64_t>(table.size()) != batch.num_sequences() * group.table_width)
-        throw Error("block table of group " + std::to_string(group_index) + " has " + std::to_string(table.size()) +
-                    " entries, expected " + std::to_string(batch.num_sequences() * group.table_width));
-    for (int64_t s = 0; s < batch.num_sequences(); ++s) {
-        int64_t context = batch.context_tokens[s];
-        int64_t end = context + batch.first_token[s + 1] - batch.first_token[s];
-        int64_t oldest = group.window_keys ? std::max<int64_t>(0, context - *group.window_keys + 1) : 0;
-        for (int64_t page = oldest / kPageTokens; page <= (end - 1) / kPageTokens; ++page) {
-            int32_t block = table[s * group.table_width + page % group.table_width];
-            if (block < 0 || block >= group.num_blocks)
-                throw Error("page " + std::to_string(page) + " of sequence " + std::to_string(s) + " in group " +
-                            std::to_string(group_index) + " has no block");
-        }
-    }
 }
 
 void CpuStep::embed(const StepBatch& batch) {
@@ -223,8 +185,8 @@ void CpuStep::mlp(const CpuLayer& layer, int64_t num_tokens) {
 // Norms and rotates queries and keys, then appends keys and values to the cache, where attention reads them back.
 void CpuStep::rotate_and_store(const CpuAttention& attention, const StepBatch& batch) {
     const AttentionSpec& spec = attention.spec;
-    const PagedKvGroup& group = plan_.paged[attention.group_index];
-    const std::vector<int32_t>& table = batch.block_table[attention.group_index];
+    const PagedKvGroup& group = plan_.paged[attention.place.group_index];
+    const std::vector<int32_t>& table = batch.block_table[attention.place.group_index];
     int64_t query_width = spec.num_query_heads * spec.head_dim, kv_width = spec.num_kv_heads * spec.head_dim;
     int64_t pairs = static_cast<int64_t>(spec.rope.inverse_frequencies.size());
     KvPages kv_pages = pages(attention);
@@ -254,7 +216,7 @@ void CpuStep::rotate_and_store(const CpuAttention& attention, const StepBatch& b
 
 void CpuStep::attend(const CpuAttention& attention, const StepBatch& batch) {
     const AttentionSpec& spec = attention.spec;
-    const PagedKvGroup& group = plan_.paged[attention.group_index];
+    const PagedKvGroup& group = plan_.paged[attention.place.group_index];
     int64_t query_width = spec.num_query_heads * spec.head_dim;
     int64_t group_heads = spec.num_query_heads / spec.num_kv_heads;
     AttentionTask task;
@@ -268,7 +230,7 @@ void CpuStep::attend(const CpuAttention& attention, const StepBatch& batch) {
     const int64_t most_queries = kernels_.attention_queries(group_heads);
     tasks_.clear();
     for (int64_t s = 0; s < batch.num_sequences(); ++s) {
-        task.block_table = batch.block_table[attention.group_index].data() + s * group.table_width;
+        task.block_table = batch.block_table[attention.place.group_index].data() + s * group.table_width;
         for (int64_t first = batch.first_token[s]; first < batch.first_token[s + 1]; first += most_queries) {
             task.num_queries = std::min(most_queries, batch.first_token[s + 1] - first);
             task.first_position = batch.positions[first];
@@ -361,11 +323,11 @@ void CpuStep::for_tokens(int64_t num_tokens, FunctionRef<void(int64_t first, int
 }
 
 KvPages CpuStep::pages(const CpuAttention& attention) {
-    const PagedKvGroup& group = plan_.paged[attention.group_index];
+    const PagedKvGroup& group = plan_.paged[attention.place.group_index];
     int64_t layer_bytes = group.num_blocks * page_bytes(group, options_.kv_type);
-    std::byte* data = cache_[attention.group_index].data();
-    return {data + static_cast<int64_t>(attention.group_layer) * layer_bytes, options_.kv_type, group.num_kv_heads,
-            group.head_dim, kv_page_bytes(options_.kv_type, group.head_dim)};
+    std::byte* data = cache_[attention.place.group_index].data();
+    return {data + attention.place.group_layer * layer_bytes, options_.kv_type, group.num_kv_heads, group.head_dim,
+            kv_page_bytes(options_.kv_type, group.head_dim)};
 }
 
 }  // namespace gemma2_fast

@@ -47,8 +47,6 @@ class CpuStep final : public ModelStep {
         float* out;  // [T, weight rows]
     };
 
-    void check(const StepBatch& batch, std::span<float> logits) const;
-    void check_blocks(const StepBatch& batch, std::size_t group_index) const;
     void embed(const StepBatch& batch);
     void compute_rope_tables(const StepBatch& batch);
     void mix(const CpuLayer& layer, const StepBatch& batch);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -30,5 +31,14 @@ struct CachePlan {
     std::vector<PagedKvGroup> paged;
     std::optional<RecurrentStateGroup> recurrent;
 };
+
+struct CachePlace {
+    std::size_t group_index = 0;  // into CachePlan::paged
+    int64_t group_layer = 0;      // the layer's place in that group
+};
+
+// Where an attention layer's keys and values live. Throws Error where the plan has no such layer, or one that differs.
+CachePlace place_in_cache(const CachePlan& plan, int32_t layer, int64_t num_kv_heads, int64_t head_dim,
+                          std::optional<int64_t> window_keys);
 
 }  // namespace gemma2_fast

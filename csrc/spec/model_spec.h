@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <variant>
 #include <vector>
 
@@ -23,6 +24,9 @@ struct AttentionSpec {
     bool qk_norm = false;
     RopeSpec rope;
 };
+
+// Throws Error that begins with `layer` where numbers do not fit together: kernels trust them, whatever made the spec.
+void check_spec(const AttentionSpec& spec, const std::string& layer);
 
 struct RecurrentSpec {
     int64_t width = 0;  // R

@@ -1,6 +1,6 @@
 """The C++ engine: cache, scheduler, sampler, decode loop and CPU kernels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -252,6 +252,71 @@ class CpuStep(ModelStep):
     ) -> None: ...
     def poison_cache(self) -> None:
         """Fills every cache page with NaN, for tests."""
+
+class CudaDevice:
+    """A GPU, through the driver's library. BackendError where library, GPU or a recent driver is missing."""
+
+    def __init__(self, *, driver_library: str, ordinal: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def arch(self) -> int:
+        """Compute capability, 90 for 9.0."""
+
+    @property
+    def free_bytes(self) -> int: ...
+
+class KernelImage:
+    """A compiled kernel: a row of the manifest with its machine code. parameters: (name, type, multiple of 16)."""
+
+    def __init__(
+        self,
+        *,
+        op: str,
+        symbol: str,
+        constants: Mapping[str, int],
+        parameters: Sequence[tuple[str, str, bool]],
+        pointer_alignment_bytes: int,
+        num_warps: int,
+        dynamic_shared_bytes: int,
+        hidden_pointers: int,
+        dependent_launch: bool,
+        code: bytes,
+    ) -> None: ...
+
+class GraphStep(ModelStep):
+    """The GPU backend. formats: of every matrix, "bfloat16", "int8" or "int4", by canonical name.
+
+    Weights are uploaded one part at a time before the first step. captures=False launches every kernel by itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: CudaDevice,
+        spec: ModelSpec,
+        plan: CachePlan,
+        formats: Mapping[str, str],
+        kernels: Sequence[KernelImage],
+        max_step_tokens: int,
+        max_logits_rows: int,
+        max_sequences: int,
+        max_seq_len: int,
+        captures: bool = True,
+    ) -> None: ...
+    def upload(self, name: str, part: str, data: NDArray[np.uint8]) -> None:
+        """part: "weight", "scales" or "factors" of a tensor, by canonical name."""
+
+    def finish_upload(self) -> None:
+        """Error that names what is missing."""
+
+    def poison_cache(self) -> None:
+        """Fills every cache page with NaN, for tests."""
+
+    @property
+    def num_device_bytes(self) -> int: ...
+    @property
+    def num_graphs(self) -> int: ...
 
 def processor_name() -> str: ...
 def instruction_sets() -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma2_fast import _core
-from gemma2_fast.engine.cache_plan import PAGE_TOKENS, CachePlan
+from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.options import EnginePlan
 from gemma2_fast.spec import AttentionSpec, LayerSpec, RecurrentSpec
 from gemma2_fast.weights.load import Checkpoint
@@ -99,7 +99,7 @@ def _cache(cache: CachePlan) -> dict[str, Any]:
             "head_dim": group.head_dim,
             "window_keys": group.window_keys,
             "blocks": group.num_blocks,
-            "bytes": group.num_blocks * group.block_bytes(cache.kv_dtype),
+            "bytes": group.num_blocks * group.block_bytes(cache.kv_dtype, cache.page_tokens),
         }
         for group in cache.paged
     ]
@@ -110,7 +110,7 @@ def _cache(cache: CachePlan) -> dict[str, Any]:
         "max_sequences": cache.max_sequences,
         "max_seq_len": cache.max_seq_len,
         "max_step_tokens": cache.max_step_tokens,
-        "page_tokens": PAGE_TOKENS,
+        "page_tokens": cache.page_tokens,
         "groups": groups,
         "state": None if state is None else {"slots": state.num_slots, "bytes": state.num_slots * state.slot_bytes()},
     }
@@ -125,7 +125,7 @@ def _plan_lines(plan: EnginePlan) -> list[str]:
         f"backend       {run['backend']}, {run['instruction_set']} kernels of {', '.join(run['available'])}, "
         f"{run['num_threads']} threads, {run['compute_dtype']} activations{products}",
         f"cache         {_size(cache['bytes'])} as {cache['kv_dtype']}: {cache['max_sequences']} sequences "
-        f"of up to {cache['max_seq_len']:,} tokens, pages of {PAGE_TOKENS}, "
+        f"of up to {cache['max_seq_len']:,} tokens, pages of {cache['page_tokens']}, "
         f"steps of up to {cache['max_step_tokens']} tokens",
     ]
     for group in cache["groups"]:

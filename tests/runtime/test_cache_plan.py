@@ -19,14 +19,14 @@ def test_gemma_2_2b_has_a_windowed_and_a_global_group() -> None:
     assert (whole.window_keys, whole.layers) == (None, tuple(range(1, 26, 2)))
     assert whole.num_blocks == whole.table_width == 8192 // PAGE_TOKENS
     # Published: 832 MiB without the window; the global half of it stays.
-    assert whole.num_blocks * whole.block_bytes("bfloat16") == 416 * 2**20
-    assert plan.num_bytes == sum(g.num_blocks * g.block_bytes("bfloat16") for g in plan.paged)
+    assert whole.num_blocks * whole.block_bytes("bfloat16", PAGE_TOKENS) == 416 * 2**20
+    assert plan.num_bytes == sum(g.num_blocks * g.block_bytes("bfloat16", PAGE_TOKENS) for g in plan.paged)
 
 
 def test_bytes_of_an_int8_page() -> None:
     """A token's key and value: 256 codes and a float32 scale each, in 4 heads of 13 layers, 32 tokens."""
     plan = plan_cache(TWO_B, kv_dtype="int8", max_seq_len=8192, max_sequences=1, max_step_tokens=512)
-    assert plan.paged[1].block_bytes("int8") == 13 * 4 * 32 * 2 * (256 + 4)
+    assert plan.paged[1].block_bytes("int8", PAGE_TOKENS) == 13 * 4 * 32 * 2 * (256 + 4)
 
 
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 100, 512])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gemma2_fast.errors import CapacityError
 from gemma2_fast.spec import AttentionSpec, ModelSpec, RecurrentSpec
 
-PAGE_TOKENS = 32  # P, as in csrc/cpu/kernels.h: two vectors of sixteen keys
+PAGE_TOKENS = 32  # P on a CPU, as in csrc/cpu/kernels.h: two vectors of sixteen keys
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 4  # an int8 page has a float32 scale for every token's key and for its value
 ROW_ELEMENTS = 32  # head_dim is filled up to a multiple
@@ -28,11 +28,11 @@ class PagedKv:
     num_blocks: int
     table_width: int
 
-    def block_bytes(self, kv_dtype: str) -> int:
+    def block_bytes(self, kv_dtype: str, page_tokens: int) -> int:
         """Bytes of one page over all layers of the group."""
         padded_dim = -(-self.head_dim // ROW_ELEMENTS) * ROW_ELEMENTS
         token_bytes = 2 * (padded_dim * ELEMENT_BYTES[kv_dtype] + (SCALE_BYTES if kv_dtype == "int8" else 0))
-        return len(self.layers) * self.num_kv_heads * PAGE_TOKENS * token_bytes
+        return len(self.layers) * self.num_kv_heads * page_tokens * token_bytes
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ class CachePlan:
     paged: tuple[PagedKv, ...]
     recurrent: RecurrentState | None
     kv_dtype: str
+    page_tokens: int
     max_seq_len: int
     max_sequences: int
     max_step_tokens: int
 
     @property
     def num_bytes(self) -> int:
-        paged = sum(group.num_blocks * group.block_bytes(self.kv_dtype) for group in self.paged)
+        paged = sum(group.num_blocks * group.block_bytes(self.kv_dtype, self.page_tokens) for group in self.paged)
         state = self.recurrent.num_slots * self.recurrent.slot_bytes() if self.recurrent else 0
         return paged + state
 
@@ -73,6 +74,7 @@ def plan_cache(
     max_seq_len: int,
     max_sequences: int,
     max_step_tokens: int,
+    page_tokens: int = PAGE_TOKENS,
     limit_bytes: int | None = None,
 ) -> CachePlan:
     """Size the cache so that every sequence can reach `max_seq_len`; with `limit_bytes`, cut the pools to fit.
@@ -95,13 +97,13 @@ def plan_cache(
     def build(sequences: float) -> CachePlan:
         groups = []
         for (num_kv_heads, head_dim, window_keys), layers in paged.items():
-            width = blocks_a_sequence(window_keys, max_seq_len, max_step_tokens)
+            width = blocks_a_sequence(window_keys, max_seq_len, max_step_tokens, page_tokens)
             blocks = max(width, int(width * sequences))
             groups.append(PagedKv(tuple(layers), num_kv_heads, head_dim, window_keys, blocks, width))
         state = None
         for (width, conv_tail), layers in recurrent.items():
             state = RecurrentState(tuple(layers), width, conv_tail, max_sequences)
-        return CachePlan(tuple(groups), state, kv_dtype, max_seq_len, max_sequences, max_step_tokens)
+        return CachePlan(tuple(groups), state, kv_dtype, page_tokens, max_seq_len, max_sequences, max_step_tokens)
 
     plan = build(max_sequences)
     if limit_bytes is None or plan.num_bytes <= limit_bytes:
@@ -118,10 +120,12 @@ def plan_cache(
     return build(1 + (limit_bytes - smallest.num_bytes) / growth_bytes)
 
 
-def blocks_a_sequence(window_keys: int | None, max_seq_len: int, max_step_tokens: int) -> int:
+def blocks_a_sequence(
+    window_keys: int | None, max_seq_len: int, max_step_tokens: int, page_tokens: int = PAGE_TOKENS
+) -> int:
     """Pages that one sequence can hold at once: all of its tokens, or the window plus one step's chunk."""
-    whole = -(-max_seq_len // PAGE_TOKENS)
+    whole = -(-max_seq_len // page_tokens)
     if window_keys is None:
         return whole
     visible_tokens = window_keys - 1 + max_step_tokens
-    return min(whole, -(-(visible_tokens - 1) // PAGE_TOKENS) + 1)
+    return min(whole, -(-(visible_tokens - 1) // page_tokens) + 1)

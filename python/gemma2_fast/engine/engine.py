@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gemma2_fast import _core
-from gemma2_fast.engine.cache_plan import PAGE_TOKENS, CachePlan
+from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.options import EnginePlan
 from gemma2_fast.errors import BackendError
 from gemma2_fast.quant import FORMATS
@@ -53,7 +53,7 @@ def cpu_step(plan: EnginePlan, weights: Weights, cache: _core.CachePlan) -> _cor
     For int8 activations it has made its own strips of GGUF's quantised matrices, whose pages are then given back.
     """
     step = _core.CpuStep(
-        spec=_core_spec(plan.spec),
+        spec=core_spec(plan.spec),
         weights={name: (tensor.format.name, tensor.shape, tensor.data) for name, tensor in weights.items()},
         plan=cache,
         activations=plan.activations,
@@ -91,10 +91,10 @@ def core_cache_plan(plan: CachePlan) -> _core.CachePlan:
             conv_tail=plan.recurrent.conv_tail,
             num_slots=plan.recurrent.num_slots,
         )
-    return _core.CachePlan(page_tokens=PAGE_TOKENS, paged=paged, recurrent=recurrent)
+    return _core.CachePlan(page_tokens=plan.page_tokens, paged=paged, recurrent=recurrent)
 
 
-def _core_spec(spec: ModelSpec) -> _core.ModelSpec:
+def core_spec(spec: ModelSpec) -> _core.ModelSpec:
     return _core.ModelSpec(
         model_width=spec.model_width,
         vocab_size=spec.vocab_size,

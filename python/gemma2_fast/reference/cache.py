@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemma2_fast.engine.cache_plan import PAGE_TOKENS, CachePlan
+from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.step_batch import StepBatch
 from gemma2_fast.errors import BackendError
 from gemma2_fast.reference.dtypes import torch_dtype
@@ -78,7 +78,7 @@ class PagedCache:
         self._group_of_layer = {layer: index for index, group in enumerate(plan.paged) for layer in group.layers}
         self._pages: dict[int, Tensor] = {}  # layer → [2, N, P, K, D]
         for group in plan.paged:
-            shape = (2, group.num_blocks, PAGE_TOKENS, group.num_kv_heads, group.head_dim)
+            shape = (2, group.num_blocks, plan.page_tokens, group.num_kv_heads, group.head_dim)
             self._pages |= {layer: torch.full(shape, torch.nan, dtype=dtype) for layer in group.layers}
 
     def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
@@ -104,11 +104,11 @@ class PagedCache:
         group = self._plan.paged[index]
         positions = torch.arange(first, end)
         row = torch.tensor(batch.block_table[index][sequence], dtype=torch.int64)
-        blocks = row[positions // PAGE_TOKENS % group.table_width]
+        blocks = row[positions // self._plan.page_tokens % group.table_width]
         wrong = (blocks < 0) | (blocks >= group.num_blocks)
         if wrong.any():
             raise BackendError(
                 f"sequence {sequence} has no page for position {int(positions[wrong][0])} in cache group {index}: its "
                 f"block table names {int(blocks[wrong][0])}, the group has pages 0..{group.num_blocks - 1}"
             )
-        return blocks, positions % PAGE_TOKENS
+        return blocks, positions % self._plan.page_tokens

@@ -1,0 +1,142 @@
+#include "cuda/step_inputs.h"
+
+#include <algorithm>
+#include <bit>
+#include <numeric>
+#include <utility>
+
+namespace gemma2_fast {
+namespace {
+
+constexpr int64_t kAlignment = 4;           // integers in the 16 bytes that kernels may load at once
+constexpr int64_t kFewestDecodeKeys = 512;  // shapes of shorter contexts are one
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t power_of_two(int64_t least) { return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(least))); }
+
+bool is_decode(const StepBatch& batch) {
+    return batch.num_tokens() == batch.num_sequences() && batch.num_logits() == batch.num_tokens();
+}
+
+StepShape largest(const StepInputs::Limits& limits) {
+    const int64_t sequences = power_of_two(limits.max_sequences);
+    return {.num_tokens = std::max(limits.max_step_tokens, sequences),
+            .num_sequences = sequences,
+            .num_logits = std::max(limits.max_logits_rows, sequences),
+            .num_tiles = limits.max_step_tokens / limits.queries_per_tile + sequences,
+            .decode_keys = std::nullopt};
+}
+
+}  // namespace
+
+StepInputs::StepInputs(const Device& device, const CachePlan& plan, const Limits& limits, Arena& arena)
+    : plan_(plan),
+      limits_(limits),
+      block_(arena.reserve(layout(largest(limits)).size * static_cast<int64_t>(sizeof(int32_t)))),
+      host_(device, block_.num_bytes, "the inputs of a step") {}
+
+StepShape StepInputs::shape(const StepBatch& batch) const {
+    if (is_decode(batch)) {
+        const int64_t count = power_of_two(batch.num_tokens());
+        const int64_t keys = *std::ranges::max_element(batch.context_tokens) + 1;
+        return {.num_tokens = count,
+                .num_sequences = count,
+                .num_logits = count,
+                .num_tiles = 0,
+                .decode_keys = std::max(kFewestDecodeKeys, power_of_two(keys))};
+    }
+    StepShape shape{.num_tokens = batch.num_tokens(),
+                    .num_sequences = batch.num_sequences(),
+                    .num_logits = batch.num_logits(),
+                    .num_tiles = 0,
+                    .decode_keys = std::nullopt};
+    for (int64_t s = 0; s < batch.num_sequences(); ++s)
+        shape.num_tiles += divide_up(batch.first_token[s + 1] - batch.first_token[s], limits_.queries_per_tile);
+    return shape;
+}
+
+void StepInputs::fill(const StepBatch& batch, const StepShape& shape) {
+    const Layout at = layout(shape);
+    auto* block = reinterpret_cast<int32_t*>(host_.data());
+    const auto put = [&](int64_t offset, const std::vector<int32_t>& values, int64_t count, int32_t filler) {
+        int32_t* end = std::copy(values.begin(), values.end(), block + offset);
+        std::fill(end, block + offset + count, filler);
+    };
+    put(at.token_ids, batch.token_ids, shape.num_tokens, 0);
+    put(at.positions, batch.positions, shape.num_tokens, 0);
+    put(at.first_token, batch.first_token, shape.num_sequences + 1, batch.first_token.back());
+    put(at.context_tokens, batch.context_tokens, shape.num_sequences, 0);
+    put(at.logits_token, batch.logits_token, shape.num_logits, 0);
+    for (std::size_t group = 0; group < plan_.paged.size(); ++group) {
+        const auto nobodys_page = static_cast<int32_t>(plan_.paged[group].num_blocks);
+        put(at.block_table[group], batch.block_table[group], shape.num_sequences * plan_.paged[group].table_width,
+            nobodys_page);
+    }
+    int32_t* token_sequence = block + at.token_sequence;
+    for (int64_t s = 0; s < batch.num_sequences(); ++s)
+        std::fill(token_sequence + batch.first_token[s], token_sequence + batch.first_token[s + 1],
+                  static_cast<int32_t>(s));
+    // Only a decode step is filled up, where token t is that of sequence t.
+    std::iota(token_sequence + batch.num_tokens(), token_sequence + shape.num_tokens,
+              static_cast<int32_t>(batch.num_tokens()));
+    if (shape.num_tiles > 0) fill_tiles(batch, block + at.tiles);
+}
+
+// The longest walks over keys come first, so that no processor is left with one at the end.
+void StepInputs::fill_tiles(const StepBatch& batch, int32_t* tiles) const {
+    std::vector<std::pair<int32_t, int32_t>> order;  // sequence, first query of the tile
+    for (int32_t s = 0; s < batch.num_sequences(); ++s)
+        for (int32_t first = 0; first < batch.first_token[s + 1] - batch.first_token[s];
+             first += static_cast<int32_t>(limits_.queries_per_tile))
+            order.emplace_back(s, first);
+    std::ranges::stable_sort(order, std::greater{},
+                             [&](const auto& tile) { return batch.context_tokens[tile.first] + tile.second; });
+    for (const auto& [sequence, first] : order) {
+        *tiles++ = sequence;
+        *tiles++ = first;
+    }
+}
+
+void StepInputs::copy(const StepShape& shape, const Arena& arena, Stream& stream) const {
+    stream.copy_to_device(arena.at(block_), host_.data(), layout(shape).size * static_cast<int64_t>(sizeof(int32_t)));
+}
+
+StepInputs::Addresses StepInputs::addresses(const StepShape& shape, const Arena& arena) const {
+    const Layout offsets = layout(shape);
+    const auto at = [&](int64_t offset) { return arena.at(block_, offset * static_cast<int64_t>(sizeof(int32_t))); };
+    Addresses addresses{.token_ids = at(offsets.token_ids),
+                        .positions = at(offsets.positions),
+                        .token_sequence = at(offsets.token_sequence),
+                        .first_token = at(offsets.first_token),
+                        .context_tokens = at(offsets.context_tokens),
+                        .logits_token = at(offsets.logits_token),
+                        .tiles = at(offsets.tiles),
+                        .block_table = {}};
+    for (const int64_t table : offsets.block_table) addresses.block_table.push_back(at(table));
+    return addresses;
+}
+
+StepInputs::Layout StepInputs::layout(const StepShape& shape) const {
+    int64_t size = 0;
+    const auto place = [&size](int64_t count) {
+        const int64_t offset = size;
+        size += divide_up(count, kAlignment) * kAlignment;
+        return offset;
+    };
+    Layout layout{.token_ids = place(shape.num_tokens),
+                  .positions = place(shape.num_tokens),
+                  .token_sequence = place(shape.num_tokens),
+                  .first_token = place(shape.num_sequences + 1),
+                  .context_tokens = place(shape.num_sequences),
+                  .logits_token = place(shape.num_logits),
+                  .tiles = place(2 * shape.num_tiles),
+                  .block_table = {},
+                  .size = 0};
+    for (const PagedKvGroup& group : plan_.paged)
+        layout.block_table.push_back(place(shape.num_sequences * group.table_width));
+    layout.size = size;
+    return layout;
+}
+
+}  // namespace gemma2_fast

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cuda/arena.h"
+#include "runtime/cache_plan.h"
+#include "runtime/step_batch.h"
+
+namespace gemma2_fast {
+
+// Sizes that a step's launches depend on. Steps of one shape differ in nothing but what lies in memory.
+struct StepShape {
+    int64_t num_tokens = 0;
+    int64_t num_sequences = 0;
+    int64_t num_logits = 0;
+    int64_t num_tiles = 0;               // of prefill attention; 0 where every sequence has one new token
+    std::optional<int64_t> decode_keys;  // then: an upper bound of any sequence's keys
+
+    auto operator<=>(const StepShape&) const = default;
+};
+
+// A step's integers, filled in on the host and copied to the device as one block.
+class StepInputs {
+  public:
+    struct Limits {
+        int64_t max_step_tokens = 0;
+        int64_t max_sequences = 0;
+        int64_t max_logits_rows = 0;
+        int64_t queries_per_tile = 0;  // of prefill attention
+    };
+
+    StepInputs(const Device& device, const CachePlan& plan, const Limits& limits, Arena& arena);
+
+    // Decode steps are filled up to a power of two, so that few shapes exist. What is added reads and writes a page
+    // that no sequence owns, and has no queries in attention.
+    StepShape shape(const StepBatch& batch) const;
+    void fill(const StepBatch& batch, const StepShape& shape);
+    void copy(const StepShape& shape, const Arena& arena, Stream& stream) const;
+
+    // Where the device finds the arrays of a step of this shape.
+    struct Addresses {
+        CUdeviceptr token_ids, positions, token_sequence;  // [T]
+        CUdeviceptr first_token, context_tokens;           // [S + 1], [S]
+        CUdeviceptr logits_token;                          // [L]
+        CUdeviceptr tiles;                                 // [tiles, 2]
+        std::vector<CUdeviceptr> block_table;              // a paged group: [S, table_width]
+    };
+    Addresses addresses(const StepShape& shape, const Arena& arena) const;
+
+  private:
+    // Offsets of the same arrays in the block, in integers.
+    struct Layout {
+        int64_t token_ids, positions, token_sequence, first_token, context_tokens, logits_token, tiles;
+        std::vector<int64_t> block_table;
+        int64_t size;
+    };
+
+    Layout layout(const StepShape& shape) const;
+    void fill_tiles(const StepBatch& batch, int32_t* tiles) const;
+
+    CachePlan plan_;
+    Limits limits_;
+    Arena::Slice block_;
+    PinnedMemory host_;
+};
+
+}  // namespace gemma2_fast

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cstdint>
+
+#include "runtime/cache_plan.h"
+#include "runtime/step_batch.h"
+
+namespace gemma2_fast {
+
+// What a model step was made for.
+struct StepLimits {
+    int64_t max_step_tokens = 0;
+    int64_t max_logits_rows = 0;
+    int64_t vocab_size = 0;
+};
+
+// Throws Error where a batch exceeds the limits, has logits of another size, or a page that a query may read or write
+// has no block: the scheduler may have been given other limits or another plan than the step.
+void check_batch(const StepBatch& batch, const CachePlan& plan, const StepLimits& limits, int64_t num_logit_values);
+
+}  // namespace gemma2_fast

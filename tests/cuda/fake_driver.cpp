@@ -1,0 +1,258 @@
+// A stand-in for NVIDIA's driver library: device memory is host memory, streams run at once, graphs keep what was
+// captured, and kernels are run by a callback. Every call is written down.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cuda/driver.h"
+
+using namespace gemma2_fast;
+
+namespace {
+
+// Gives 0, or the error that the launch ends with. values: a slot of eight bytes for every parameter.
+using RunKernel = int (*)(const char* symbol, const unsigned* grid, unsigned threads, unsigned shared_bytes,
+                          int dependent, const uint64_t* values, int num_values);
+using Work = std::function<int()>;
+
+struct Function {
+    std::string symbol;
+    int num_parameters;
+};
+
+RunKernel run_kernel = nullptr;
+std::string calls;
+std::map<std::string, std::pair<int, int>> failures;  // of a function: calls that succeed before, and the error
+std::map<CUdeviceptr, std::size_t> allocated;
+std::vector<std::unique_ptr<Function>> functions;
+std::vector<Work>* capturing = nullptr;
+int version = 13000, num_devices = 1;
+std::size_t memory_limit = std::size_t{1} << 40;
+
+int call(const std::string& name, const std::string& detail = "") {
+    calls += name + (detail.empty() ? "" : " " + detail) + "\n";
+    const auto failure = failures.find(name);
+    if (failure == failures.end() || failure->second.first-- > 0) return CUDA_SUCCESS;
+    failure->second.first = 0;
+    return failure->second.second;
+}
+
+// A device copies only to and from what it was given.
+bool inside(CUdeviceptr address, std::size_t num_bytes) {
+    auto found = allocated.upper_bound(address);
+    if (found == allocated.begin()) return false;
+    --found;
+    return address + num_bytes <= found->first + found->second;
+}
+
+int enqueue(Work work) {
+    if (!capturing) return work();
+    capturing->push_back(std::move(work));
+    return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+void fake_reset(RunKernel run) {
+    run_kernel = run;
+    calls.clear();
+    failures.clear();
+    version = 13000;
+    num_devices = 1;
+    memory_limit = std::size_t{1} << 40;
+}
+void fake_fail(const char* function, int after, int error) { failures[function] = {after, error}; }
+void fake_set(int new_version, int new_num_devices, uint64_t new_memory_limit) {
+    version = new_version;
+    num_devices = new_num_devices;
+    memory_limit = new_memory_limit;
+}
+const char* fake_calls() { return calls.c_str(); }
+int fake_num_allocations() { return static_cast<int>(allocated.size()); }
+uint64_t fake_allocation_end(CUdeviceptr address) {  // of the allocation that it lies in; 0 if in none
+    auto found = allocated.upper_bound(address);
+    if (found == allocated.begin()) return 0;
+    --found;
+    return address < found->first + found->second ? found->first + found->second : 0;
+}
+
+CUresult cuInit(unsigned) { return num_devices == 0 ? CUDA_ERROR_NO_DEVICE : call("cuInit"); }
+CUresult cuDriverGetVersion(int* result) {
+    *result = version;
+    return call("cuDriverGetVersion");
+}
+CUresult cuGetErrorName(CUresult error, const char** name) {
+    *name = error == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY"
+            : error == 700                    ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+                                              : nullptr;
+    return CUDA_SUCCESS;
+}
+CUresult cuGetErrorString(CUresult, const char** text) {
+    *text = nullptr;
+    return CUDA_SUCCESS;
+}
+CUresult cuDeviceGetCount(int* count) {
+    *count = num_devices;
+    return call("cuDeviceGetCount");
+}
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+    *device = ordinal;
+    return call("cuDeviceGet");
+}
+CUresult cuDeviceGetName(char* name, int size, CUdevice) {
+    std::strncpy(name, "Imagined GPU", static_cast<std::size_t>(size));
+    return call("cuDeviceGetName");
+}
+CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice) {
+    *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? 9
+             : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? 0
+                                                                         : 4;
+    return call("cuDeviceGetAttribute");
+}
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
+    *context = reinterpret_cast<CUcontext>(&allocated);
+    return call("cuDevicePrimaryCtxRetain");
+}
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return call("cuDevicePrimaryCtxRelease"); }
+CUresult cuCtxSetCurrent(CUcontext) { return call("cuCtxSetCurrent"); }
+CUresult cuMemGetInfo_v2(std::size_t* free_bytes, std::size_t* total_bytes) {
+    *free_bytes = *total_bytes = memory_limit;
+    return call("cuMemGetInfo");
+}
+CUresult cuMemAlloc_v2(CUdeviceptr* address, std::size_t num_bytes) {
+    if (const int error = call("cuMemAlloc", std::to_string(num_bytes))) return error;
+    if (num_bytes > memory_limit) return CUDA_ERROR_OUT_OF_MEMORY;
+    void* memory = std::aligned_alloc(256, (num_bytes + 255) / 256 * 256);
+    std::memset(memory, 0xff, num_bytes);  // no number where nobody has written
+    *address = reinterpret_cast<CUdeviceptr>(memory);
+    allocated[*address] = num_bytes;
+    return CUDA_SUCCESS;
+}
+CUresult cuMemFree_v2(CUdeviceptr address) {
+    allocated.erase(address);
+    std::free(reinterpret_cast<void*>(address));
+    return call("cuMemFree");
+}
+CUresult cuMemHostAlloc(void** pointer, std::size_t num_bytes, unsigned) {
+    *pointer = std::malloc(num_bytes);
+    return call("cuMemHostAlloc", std::to_string(num_bytes));
+}
+CUresult cuMemFreeHost(void* pointer) {
+    std::free(pointer);
+    return call("cuMemFreeHost");
+}
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, std::size_t num_bytes, CUstream) {
+    if (const int error = call("cuMemcpyHtoDAsync", std::to_string(num_bytes))) return error;
+    if (!inside(target, num_bytes)) return 700;
+    return enqueue([=] {
+        std::memcpy(reinterpret_cast<void*>(target), source, num_bytes);
+        return 0;
+    });
+}
+CUresult cuMemcpyDtoHAsync_v2(void* target, CUdeviceptr source, std::size_t num_bytes, CUstream) {
+    if (const int error = call("cuMemcpyDtoHAsync", std::to_string(num_bytes))) return error;
+    if (!inside(source, num_bytes)) return 700;
+    return enqueue([=] {
+        std::memcpy(target, reinterpret_cast<const void*>(source), num_bytes);
+        return 0;
+    });
+}
+CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, std::size_t num_bytes, CUstream) {
+    if (const int error = call("cuMemsetD8Async", std::to_string(num_bytes))) return error;
+    if (!inside(target, num_bytes)) return 700;
+    return enqueue([=] {
+        std::memset(reinterpret_cast<void*>(target), value, num_bytes);
+        return 0;
+    });
+}
+CUresult cuStreamCreate(CUstream* stream, unsigned) {
+    *stream = reinterpret_cast<CUstream>(&calls);
+    return call("cuStreamCreate");
+}
+CUresult cuStreamDestroy_v2(CUstream) { return call("cuStreamDestroy"); }
+CUresult cuStreamSynchronize(CUstream) { return call("cuStreamSynchronize"); }
+CUresult cuStreamBeginCapture_v2(CUstream, int) {
+    capturing = new std::vector<Work>();
+    return call("cuStreamBeginCapture");
+}
+CUresult cuStreamEndCapture(CUstream, CUgraph* graph) {
+    *graph = reinterpret_cast<CUgraph>(capturing);
+    capturing = nullptr;
+    return call("cuStreamEndCapture");
+}
+CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, unsigned long long) {
+    *executable = reinterpret_cast<CUgraphExec>(new std::vector<Work>(*reinterpret_cast<std::vector<Work>*>(graph)));
+    return call("cuGraphInstantiate");
+}
+CUresult cuGraphLaunch(CUgraphExec executable, CUstream) {
+    if (const int error = call("cuGraphLaunch")) return error;
+    for (const Work& work : *reinterpret_cast<std::vector<Work>*>(executable))
+        if (const int error = work()) return error;
+    return CUDA_SUCCESS;
+}
+CUresult cuGraphExecDestroy(CUgraphExec executable) {
+    delete reinterpret_cast<std::vector<Work>*>(executable);
+    return call("cuGraphExecDestroy");
+}
+CUresult cuGraphDestroy(CUgraph graph) {
+    delete reinterpret_cast<std::vector<Work>*>(graph);
+    return call("cuGraphDestroy");
+}
+CUresult cuEventCreate(CUevent* event, unsigned) {
+    *event = reinterpret_cast<CUevent>(&calls);
+    return call("cuEventCreate");
+}
+CUresult cuEventRecord(CUevent, CUstream) { return call("cuEventRecord"); }
+CUresult cuEventSynchronize(CUevent) { return call("cuEventSynchronize"); }
+CUresult cuEventDestroy_v2(CUevent) { return call("cuEventDestroy"); }
+// An image is the kernel's symbol, a space, and how many parameters it has.
+CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+    const std::string text(static_cast<const char*>(image));
+    if (const int error = call("cuModuleLoadData", text)) return error;
+    const std::size_t space = text.find(' ');
+    if (capturing || space == std::string::npos) return capturing ? 900 : CUDA_ERROR_INVALID_IMAGE;
+    functions.push_back(std::make_unique<Function>(text.substr(0, space), std::stoi(text.substr(space))));
+    *module = reinterpret_cast<CUmodule>(functions.back().get());
+    return CUDA_SUCCESS;
+}
+CUresult cuModuleUnload(CUmodule) { return call("cuModuleUnload"); }
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+    if (reinterpret_cast<Function*>(module)->symbol != name) return 500;
+    *function = reinterpret_cast<CUfunction>(module);
+    return call("cuModuleGetFunction", name);
+}
+CUresult cuFuncGetAttribute(int* value, int, CUfunction) {
+    *value = 1024;  // of shared memory that is not asked for at launch
+    return call("cuFuncGetAttribute");
+}
+CUresult cuFuncSetAttribute(CUfunction, int, int value) { return call("cuFuncSetAttribute", std::to_string(value)); }
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void** parameters, void**) {
+    const auto* function = reinterpret_cast<const Function*>(handle);
+    if (const int error = call("cuLaunchKernelEx", function->symbol)) return error;
+    std::vector<uint64_t> values;
+    for (int i = 0; i < function->num_parameters; ++i) {
+        uint64_t value = 0;
+        // Where only four bytes count, the reader knows.
+        std::memcpy(&value, parameters[i], sizeof(value));
+        values.push_back(value);
+    }
+    const std::vector<unsigned> grid{config->grid_x, config->grid_y, config->grid_z};
+    const unsigned threads = config->block_x, shared_bytes = config->dynamic_shared_bytes;
+    const int dependent = config->num_attributes > 0 &&
+                          config->attributes[0].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION &&
+                          config->attributes[0].programmatic_stream_serialization_allowed;
+    return enqueue([=, symbol = function->symbol] {
+        return run_kernel(symbol.c_str(), grid.data(), threads, shared_bytes, dependent, values.data(),
+                          static_cast<int>(values.size()));
+    });
+}
+
+}  // extern "C"
