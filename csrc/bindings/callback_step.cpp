@@ -42,7 +42,7 @@ std::string describe(const py::object& value) {
     return py::str("{} {}").format(value.attr("dtype"), value.attr("shape")).cast<std::string>();
 }
 
-void copy_logits(const py::object& returned, int64_t num_rows, std::span<float> logits) {
+void copy_rows(const py::object& returned, int64_t num_rows, std::span<float> logits) {
     const auto vocab_size = num_rows > 0 ? static_cast<int64_t>(logits.size()) / num_rows : 0;
     bool fits = py::isinstance<py::array_t<float>>(returned);
     if (fits) {
@@ -67,7 +67,7 @@ CallbackStep::~CallbackStep() {
 void CallbackStep::run(const StepBatch& batch, std::span<float> logits) {
     const py::gil_scoped_acquire gil;
     try {
-        copy_logits(callable_(py::cast(batch)), batch.num_logits(), logits);
+        copy_rows(callable_(py::cast(batch)), batch.num_logits(), logits);
     } catch (const py::error_already_set& error) {
         throw Error(error.what());
     }

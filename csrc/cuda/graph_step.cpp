@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "base/errors.h"
 
@@ -13,7 +14,8 @@ constexpr int64_t kFewTokens = 16;            // products of so many tokens stre
 constexpr int64_t kDecodeRows = 16;           // query heads of a sequence and kv head, in a tile of decode attention
 constexpr int64_t kProgramsPerProcessor = 2;  // of decode attention: enough to keep memory busy
 constexpr int64_t kLeastNormBlock = 1024;
-constexpr int64_t kBF16Bytes = 2, kF32Bytes = 4;
+constexpr int64_t kLeastSampleBlocks = 128;
+constexpr int64_t kBF16Bytes = 2, kF32Bytes = 4, kKeyBytes = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t power_of_two(int64_t least) { return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(least))); }
@@ -34,9 +36,11 @@ GraphStep::GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec
               {.max_step_tokens = options.limits.max_step_tokens,
                .max_sequences = options.max_sequences,
                .max_logits_rows = options.limits.max_logits_rows,
+               .vocab_size = spec.vocab_size,
                .queries_per_tile = queries_per_tile()},
               arena_),
-      stream_(*device_) {
+      stream_(*device_),
+      chosen_(*device_, largest_num_logits() * static_cast<int64_t>(sizeof(int32_t)), "chosen tokens") {
     find_kernels();
     reserve_activations();
     arena_.allocate(*device_, "weights, cache and activations");
@@ -62,6 +66,12 @@ void GraphStep::find_kernels() {
     embed_ = &kernels_.find("embed", {{"INT8", as_constant(model_.embedding.format)}});
     first_norm_ = &kernels_.find("rms_norm", {{"BLOCK", norm_block}});
     head_ = product_kernels(model_.embedding.format, Product::kHead);
+    const bool capped = spec.final_softcap.has_value();
+    sample_scan_ = &kernels_.find("sample_scan", {});
+    const int64_t blocks =
+        std::max(kLeastSampleBlocks, power_of_two(divide_up(spec.vocab_size, sample_scan_->constant("BLOCK"))));
+    sample_weigh_ = &kernels_.find("sample_weigh", {{"CAPPED", capped}, {"BLOCKS", blocks}});
+    sample_draw_ = &kernels_.find("sample_draw", {{"CAPPED", capped}, {"BLOCKS", blocks}});
     for (const CudaLayer& layer : model_.layers) {
         const CudaAttention& attention = layer.attention;
         const auto norm = [&](const std::optional<Arena::Slice>& after) {
@@ -126,10 +136,14 @@ int64_t GraphStep::largest_step() const {
     return std::max(options_.limits.max_step_tokens, power_of_two(options_.max_sequences));
 }
 
+int64_t GraphStep::largest_num_logits() const {
+    return std::max(options_.limits.max_logits_rows, power_of_two(options_.max_sequences));
+}
+
 void GraphStep::reserve_activations() {
     const ModelSpec& spec = model_.spec;
     const int64_t sequences = power_of_two(options_.max_sequences), tokens = largest_step();
-    const int64_t logits_rows = std::max(options_.limits.max_logits_rows, sequences);
+    const int64_t logits_rows = largest_num_logits();
     int64_t qkv_width = 0, query_width = 0, mlp_width = 0, head_dim = 0, kv_heads = 0;
     for (const CudaLayer& layer : model_.layers) {
         const AttentionSpec& attention = layer.attention.spec;
@@ -152,6 +166,11 @@ void GraphStep::reserve_activations() {
     parts_ = arena_.reserve(programs * kDecodeRows * head_dim * kF32Bytes);
     part_sums_ = arena_.reserve(programs * 2 * kDecodeRows * kF32Bytes);
     arrivals_ = arena_.reserve(pairs * static_cast<int64_t>(sizeof(int32_t)));
+    const int64_t blocks = logits_rows * divide_up(spec.vocab_size, sample_scan_->constant("BLOCK"));
+    firsts_ = arena_.reserve(blocks * kKeyBytes);
+    best_ = arena_.reserve(blocks * sample_scan_->constant("KEEP") * kKeyBytes);
+    sums_ = arena_.reserve(blocks * static_cast<int64_t>(sizeof(double)));
+    tokens_ = arena_.reserve(logits_rows * static_cast<int64_t>(sizeof(int32_t)));
     for (const PagedKvGroup& group : plan_.paged)
         cache_.push_back(arena_.reserve(static_cast<int64_t>(group.layers.size()) * layer_bytes(group)));
     for (const RopeSpec& rope : model_.ropes) {
@@ -207,17 +226,34 @@ void GraphStep::poison_cache() {
 
 void GraphStep::run(const StepBatch& batch, std::span<float> logits) {
     check_batch(batch, plan_, options_.limits, static_cast<int64_t>(logits.size()));
+    start(batch, {}, inputs_.shape(batch, false));
+    copy_logits(logits);
+}
+
+void GraphStep::choose(const StepBatch& batch, std::span<const TokenChoice> choices, std::span<int32_t> tokens) {
+    check_batch(batch, plan_, options_.limits, batch.num_logits() * model_.spec.vocab_size);
+    if (static_cast<int64_t>(choices.size()) != batch.num_logits() || tokens.size() != choices.size())
+        throw Error(std::to_string(choices.size()) + " choices and " + std::to_string(tokens.size()) + " tokens for " +
+                    std::to_string(batch.num_logits()) + " rows of logits");
+    start(batch, choices, inputs_.shape(batch, true));
+    stream_.wait();
+    std::memcpy(tokens.data(), chosen_.data(), tokens.size_bytes());
+}
+
+void GraphStep::copy_logits(std::span<float> logits) {
+    if (!logits.empty())
+        stream_.copy_to_host(logits.data(), arena_.at(logits_), static_cast<int64_t>(logits.size_bytes()));
+    stream_.wait();
+}
+
+void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape) {
     if (uploader_) throw Error("weights: the upload is not finished");
     device_->activate();
-    const StepShape shape = inputs_.shape(batch);
-    inputs_.fill(batch, shape);
+    inputs_.fill(batch, choices, shape);
     if (shape.decode_keys && options_.captures)
         replay(shape);
     else
         enqueue(shape);
-    if (!logits.empty())
-        stream_.copy_to_host(logits.data(), arena_.at(logits_), static_cast<int64_t>(logits.size_bytes()));
-    stream_.wait();
 }
 
 void GraphStep::replay(const StepShape& shape) {
@@ -248,6 +284,7 @@ void GraphStep::enqueue(const StepShape& shape) {
         mlp(index, shape);
     }
     project_logits(shape, inputs);
+    if (shape.chooses) choose_tokens(shape, inputs);
 }
 
 void GraphStep::mix(std::size_t index, const StepShape& shape, const StepInputs::Addresses& inputs) {
@@ -355,6 +392,28 @@ void GraphStep::project_logits(const StepShape& shape, const StepInputs::Address
                       inputs.logits_token + static_cast<CUdeviceptr>(first) * sizeof(int32_t),
                       arena_.at(logits_, first * row_bytes), count);
     }
+}
+
+void GraphStep::choose_tokens(const StepShape& shape, const StepInputs::Addresses& inputs) {
+    const std::vector<KernelArgument> of_vocabulary{{"vocab", i32(model_.spec.vocab_size)},
+                                                    {"cap", model_.spec.final_softcap.value_or(1.0f)},
+                                                    {"logits", arena_.at(logits_)},
+                                                    {"temperature", inputs.temperature},
+                                                    {"top_k", inputs.top_k},
+                                                    {"top_p", inputs.top_p},
+                                                    {"min_p", inputs.min_p},
+                                                    {"seed", inputs.seed},
+                                                    {"token_index", inputs.token_index},
+                                                    {"firsts", arena_.at(firsts_)},
+                                                    {"best", arena_.at(best_)},
+                                                    {"sums", arena_.at(sums_)},
+                                                    {"out", arena_.at(tokens_)}};
+    const LaunchGrid blocks{.x = divide_up(model_.spec.vocab_size, sample_scan_->constant("BLOCK")),
+                            .y = shape.num_logits};
+    sample_scan_->launch(stream_, blocks, of_vocabulary);
+    sample_weigh_->launch(stream_, blocks, of_vocabulary);
+    sample_draw_->launch(stream_, {.x = shape.num_logits}, of_vocabulary);
+    stream_.copy_to_host(chosen_.data(), arena_.at(tokens_), shape.num_logits * static_cast<int64_t>(sizeof(int32_t)));
 }
 
 void GraphStep::product(const ProductKernels& kernels, const DeviceMatrix& matrix, const Arena::Slice& x,

@@ -44,6 +44,9 @@ class GraphStep final : public ModelStep {
     void finish_upload();
 
     void run(const StepBatch& batch, std::span<float> logits) override;
+    bool can_choose() const override { return true; }
+    void choose(const StepBatch& batch, std::span<const TokenChoice> choices, std::span<int32_t> tokens) override;
+    void copy_logits(std::span<float> logits) override;
 
     int64_t num_device_bytes() const { return arena_.num_bytes(); }
     int64_t num_graphs() const { return static_cast<int64_t>(graphs_.size()); }
@@ -73,9 +76,11 @@ class GraphStep final : public ModelStep {
     ProductKernels product_kernels(DeviceFormat format, Product product);
     int64_t queries_per_tile();
     int64_t largest_step() const;  // in tokens, what decode steps are filled up with included
+    int64_t largest_num_logits() const;
     void reserve_activations();
     void upload_rope_tables();
 
+    void start(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape);
     void replay(const StepShape& shape);
     void enqueue(const StepShape& shape);
     void mix(std::size_t index, const StepShape& shape, const StepInputs::Addresses& inputs);
@@ -89,6 +94,7 @@ class GraphStep final : public ModelStep {
     void add_branch(const Kernel& kernel, const std::optional<Arena::Slice>& after, const Arena::Slice& before,
                     int64_t num_tokens);
     void project_logits(const StepShape& shape, const StepInputs::Addresses& inputs);
+    void choose_tokens(const StepShape& shape, const StepInputs::Addresses& inputs);
     void product(const ProductKernels& kernels, const DeviceMatrix& matrix, const Arena::Slice& x,
                  const Arena::Slice& out, int64_t num_tokens);
     void stream_matrix(const Kernel& kernel, const DeviceMatrix& matrix, int64_t out_rows, CUdeviceptr x,
@@ -110,6 +116,7 @@ class GraphStep final : public ModelStep {
     const Kernel* embed_ = nullptr;
     const Kernel* first_norm_ = nullptr;
     ProductKernels head_;
+    const Kernel *sample_scan_ = nullptr, *sample_weigh_ = nullptr, *sample_draw_ = nullptr;
     std::vector<LayerKernels> layer_kernels_;
 
     std::vector<Arena::Slice> cache_;  // a paged group: [layers, blocks and one that is nobody's, 2, K, P, D] bfloat16
@@ -120,6 +127,9 @@ class GraphStep final : public ModelStep {
     Arena::Slice gate_up_, hidden_;              // [T, 2 F], [T, F]
     Arena::Slice logits_;                        // [L, V]
     Arena::Slice parts_, part_sums_, arrivals_;  // of the splits of attention
+    Arena::Slice firsts_, best_, sums_;          // of the blocks of the vocabulary, [L, blocks] and more
+    Arena::Slice tokens_;                        // [L]
+    PinnedMemory chosen_;                        // the same on the host
 
     std::map<StepShape, std::unique_ptr<Graph>> graphs_;
 };

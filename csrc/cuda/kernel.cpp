@@ -70,12 +70,10 @@ Kernel::Kernel(const Device& device, const KernelImage& image) : device_(device)
 
 Kernel::~Kernel() { device_.driver().cuModuleUnload(module_); }
 
-void Kernel::launch(Stream& stream, LaunchGrid grid, std::vector<KernelArgument> arguments) const {
+void Kernel::launch(Stream& stream, LaunchGrid grid, const std::vector<KernelArgument>& arguments) const {
     const auto require = [&](bool holds, const std::string& what) {
         if (!holds) throw Error("kernel " + image_.symbol + ": " + what);
     };
-    require(arguments.size() == image_.parameters.size(), std::to_string(arguments.size()) + " arguments for " +
-                                                              std::to_string(image_.parameters.size()) + " parameters");
     require(grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= std::numeric_limits<int32_t>::max() &&
                 grid.y <= kMostPrograms && grid.z <= kMostPrograms,
             "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));

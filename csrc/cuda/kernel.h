@@ -49,8 +49,9 @@ class Kernel {
     Kernel(const Kernel&) = delete;
     Kernel& operator=(const Kernel&) = delete;
 
-    // Arguments by name, in any order. Throws Error where one is missing, unknown, of another type or misaligned.
-    void launch(Stream& stream, LaunchGrid grid, std::vector<KernelArgument> arguments) const;
+    // Arguments by name, in any order; kernels that share arguments are given all of theirs. Throws Error where one is
+    // missing, of another type or misaligned.
+    void launch(Stream& stream, LaunchGrid grid, const std::vector<KernelArgument>& arguments) const;
 
     int64_t constant(const std::string& name) const;  // throws Error where the kernel has none of that name
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
+#include <functional>
 #include <numeric>
 #include <utility>
 
@@ -25,7 +27,8 @@ StepShape largest(const StepInputs::Limits& limits) {
             .num_sequences = sequences,
             .num_logits = std::max(limits.max_logits_rows, sequences),
             .num_tiles = limits.max_step_tokens / limits.queries_per_tile + sequences,
-            .decode_keys = std::nullopt};
+            .decode_keys = std::nullopt,
+            .chooses = true};
 }
 
 }  // namespace
@@ -36,7 +39,7 @@ StepInputs::StepInputs(const Device& device, const CachePlan& plan, const Limits
       block_(arena.reserve(layout(largest(limits)).size * static_cast<int64_t>(sizeof(int32_t)))),
       host_(device, block_.num_bytes, "the inputs of a step") {}
 
-StepShape StepInputs::shape(const StepBatch& batch) const {
+StepShape StepInputs::shape(const StepBatch& batch, bool chooses) const {
     if (is_decode(batch)) {
         const int64_t count = power_of_two(batch.num_tokens());
         const int64_t keys = *std::ranges::max_element(batch.context_tokens) + 1;
@@ -44,19 +47,21 @@ StepShape StepInputs::shape(const StepBatch& batch) const {
                 .num_sequences = count,
                 .num_logits = count,
                 .num_tiles = 0,
-                .decode_keys = std::max(kFewestDecodeKeys, power_of_two(keys))};
+                .decode_keys = std::max(kFewestDecodeKeys, power_of_two(keys)),
+                .chooses = chooses};
     }
     StepShape shape{.num_tokens = batch.num_tokens(),
                     .num_sequences = batch.num_sequences(),
                     .num_logits = batch.num_logits(),
                     .num_tiles = 0,
-                    .decode_keys = std::nullopt};
+                    .decode_keys = std::nullopt,
+                    .chooses = chooses};
     for (int64_t s = 0; s < batch.num_sequences(); ++s)
         shape.num_tiles += divide_up(batch.first_token[s + 1] - batch.first_token[s], limits_.queries_per_tile);
     return shape;
 }
 
-void StepInputs::fill(const StepBatch& batch, const StepShape& shape) {
+void StepInputs::fill(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape) {
     const Layout at = layout(shape);
     auto* block = reinterpret_cast<int32_t*>(host_.data());
     const auto put = [&](int64_t offset, const std::vector<int32_t>& values, int64_t count, int32_t filler) {
@@ -81,6 +86,24 @@ void StepInputs::fill(const StepBatch& batch, const StepShape& shape) {
     std::iota(token_sequence + batch.num_tokens(), token_sequence + shape.num_tokens,
               static_cast<int32_t>(batch.num_tokens()));
     if (shape.num_tiles > 0) fill_tiles(batch, block + at.tiles);
+    if (shape.chooses) fill_choices(choices, shape, block);
+}
+
+// Rows that a step is filled up with are greedy, which costs least.
+void StepInputs::fill_choices(std::span<const TokenChoice> choices, const StepShape& shape, int32_t* block) const {
+    const Layout at = layout(shape);
+    const SamplingParams greedy;
+    for (std::size_t row = 0; row < static_cast<std::size_t>(shape.num_logits); ++row) {
+        const TokenChoice choice = row < choices.size() ? choices[row] : TokenChoice{&greedy, 0};
+        const SamplingParams& params = *choice.sampling;
+        block[at.temperature + row] = std::bit_cast<int32_t>(params.temperature);
+        block[at.top_k + row] =
+            static_cast<int32_t>(std::min(params.top_k.value_or(limits_.vocab_size), limits_.vocab_size));
+        block[at.top_p + row] = std::bit_cast<int32_t>(params.top_p);
+        block[at.min_p + row] = std::bit_cast<int32_t>(params.min_p);
+        std::memcpy(block + at.seed + 2 * row, &params.seed, sizeof(params.seed));
+        block[at.token_index + row] = static_cast<int32_t>(choice.token_index);
+    }
 }
 
 // The longest walks over keys come first, so that no processor is left with one at the end.
@@ -112,6 +135,12 @@ StepInputs::Addresses StepInputs::addresses(const StepShape& shape, const Arena&
                         .context_tokens = at(offsets.context_tokens),
                         .logits_token = at(offsets.logits_token),
                         .tiles = at(offsets.tiles),
+                        .temperature = at(offsets.temperature),
+                        .top_k = at(offsets.top_k),
+                        .top_p = at(offsets.top_p),
+                        .min_p = at(offsets.min_p),
+                        .seed = at(offsets.seed),
+                        .token_index = at(offsets.token_index),
                         .block_table = {}};
     for (const int64_t table : offsets.block_table) addresses.block_table.push_back(at(table));
     return addresses;
@@ -124,6 +153,7 @@ StepInputs::Layout StepInputs::layout(const StepShape& shape) const {
         size += divide_up(count, kAlignment) * kAlignment;
         return offset;
     };
+    const int64_t choices = shape.chooses ? shape.num_logits : 0;
     Layout layout{.token_ids = place(shape.num_tokens),
                   .positions = place(shape.num_tokens),
                   .token_sequence = place(shape.num_tokens),
@@ -131,6 +161,12 @@ StepInputs::Layout StepInputs::layout(const StepShape& shape) const {
                   .context_tokens = place(shape.num_sequences),
                   .logits_token = place(shape.num_logits),
                   .tiles = place(2 * shape.num_tiles),
+                  .temperature = place(choices),
+                  .top_k = place(choices),
+                  .top_p = place(choices),
+                  .min_p = place(choices),
+                  .seed = place(2 * choices),
+                  .token_index = place(choices),
                   .block_table = {},
                   .size = 0};
     for (const PagedKvGroup& group : plan_.paged)

@@ -3,11 +3,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "cuda/arena.h"
 #include "runtime/cache_plan.h"
-#include "runtime/step_batch.h"
+#include "runtime/model_step.h"
 
 namespace gemma2_fast {
 
@@ -18,6 +19,7 @@ struct StepShape {
     int64_t num_logits = 0;
     int64_t num_tiles = 0;               // of prefill attention; 0 where every sequence has one new token
     std::optional<int64_t> decode_keys;  // then: an upper bound of any sequence's keys
+    bool chooses = false;                // tokens, on the device
 
     auto operator<=>(const StepShape&) const = default;
 };
@@ -29,6 +31,7 @@ class StepInputs {
         int64_t max_step_tokens = 0;
         int64_t max_sequences = 0;
         int64_t max_logits_rows = 0;
+        int64_t vocab_size = 0;
         int64_t queries_per_tile = 0;  // of prefill attention
     };
 
@@ -36,8 +39,9 @@ class StepInputs {
 
     // Decode steps are filled up to a power of two, so that few shapes exist. What is added reads and writes a page
     // that no sequence owns, and has no queries in attention.
-    StepShape shape(const StepBatch& batch) const;
-    void fill(const StepBatch& batch, const StepShape& shape);
+    StepShape shape(const StepBatch& batch, bool chooses) const;
+    // choices: [L] where the shape says that tokens are chosen.
+    void fill(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape);
     void copy(const StepShape& shape, const Arena& arena, Stream& stream) const;
 
     // Where the device finds the arrays of a step of this shape.
@@ -46,7 +50,9 @@ class StepInputs {
         CUdeviceptr first_token, context_tokens;           // [S + 1], [S]
         CUdeviceptr logits_token;                          // [L]
         CUdeviceptr tiles;                                 // [tiles, 2]
-        std::vector<CUdeviceptr> block_table;              // a paged group: [S, table_width]
+        // Of choices: [L], the seed of 64 bits, token_index a number and the others as in SamplingParams.
+        CUdeviceptr temperature, top_k, top_p, min_p, seed, token_index;
+        std::vector<CUdeviceptr> block_table;  // a paged group: [S, table_width]
     };
     Addresses addresses(const StepShape& shape, const Arena& arena) const;
 
@@ -54,12 +60,14 @@ class StepInputs {
     // Offsets of the same arrays in the block, in integers.
     struct Layout {
         int64_t token_ids, positions, token_sequence, first_token, context_tokens, logits_token, tiles;
+        int64_t temperature, top_k, top_p, min_p, seed, token_index;
         std::vector<int64_t> block_table;
         int64_t size;
     };
 
     Layout layout(const StepShape& shape) const;
     void fill_tiles(const StepBatch& batch, int32_t* tiles) const;
+    void fill_choices(std::span<const TokenChoice> choices, const StepShape& shape, int32_t* block) const;
 
     CachePlan plan_;
     Limits limits_;

@@ -41,8 +41,13 @@ void DecodeLoop::step() {
     std::span<float> logits;
     std::optional<std::string> failure;
     try {
-        logits = logits_rows(scheduler_.batch().num_logits());
-        model_step_->run(scheduler_.batch(), logits);
+        if (step_chooses(chunks)) {
+            logits = choose_on_step(chunks);
+        } else {
+            tokens_.clear();
+            logits = logits_rows(scheduler_.batch().num_logits());
+            model_step_->run(scheduler_.batch(), logits);
+        }
     } catch (const std::bad_alloc&) {
         failure = "not enough memory for " + std::to_string(scheduler_.batch().num_logits()) +
                   " rows of logits; lower max_batch_size or max_step_tokens";
@@ -65,10 +70,33 @@ std::optional<TokenEvent> DecodeLoop::end_or_advance(const Chunk& chunk, std::sp
     const int64_t id = chunk.sequence->id;
     if (failure) return last_event(id, FinishReason::kError, "the step failed: " + *failure);
     try {
-        return reader_.read(chunk, logits);
+        if (tokens_.empty()) return reader_.read(chunk, logits);
+        if (chunk.num_rows == 0) return reader_.accept(chunk, std::nullopt);
+        const int32_t token_id = tokens_[chunk.first_row];
+        return token_id == kHostChooses ? reader_.read(chunk, logits) : reader_.accept(chunk, token_id);
     } catch (const std::exception& error) {
         return last_event(id, FinishReason::kError, std::string("reading the logits failed: ") + error.what());
     }
+}
+
+bool DecodeLoop::step_chooses(std::span<const Chunk> chunks) const {
+    return model_step_->can_choose() && scheduler_.batch().num_logits() > 0 &&
+           std::ranges::all_of(chunks, LogitsReader::needs_only_a_choice);
+}
+
+// Leaves the tokens of the step's rows in tokens_; gives the rows where the host has to choose one of them.
+std::span<float> DecodeLoop::choose_on_step(std::span<const Chunk> chunks) {
+    choices_.clear();
+    for (const Chunk& chunk : chunks)
+        if (chunk.num_rows > 0)
+            choices_.push_back(
+                {&chunk.sequence->request.sampling, static_cast<uint64_t>(chunk.sequence->num_generated())});
+    tokens_.assign(choices_.size(), kHostChooses);
+    model_step_->choose(scheduler_.batch(), choices_, tokens_);
+    if (std::ranges::find(tokens_, kHostChooses) == tokens_.end()) return {};
+    const std::span<float> logits = logits_rows(static_cast<int64_t>(tokens_.size()));
+    model_step_->copy_logits(logits);
+    return logits;
 }
 
 // Grows to what steps really ask for: few rows are needed unless prompt logits are.

@@ -63,6 +63,8 @@ class DecodeLoop {
     void serve();
     bool take_requests();
     void step();
+    bool step_chooses(std::span<const Chunk> chunks) const;
+    std::span<float> choose_on_step(std::span<const Chunk> chunks);
     std::span<float> logits_rows(int64_t num_rows);
     std::optional<TokenEvent> end_or_advance(const Chunk& chunk, std::span<const float> logits,
                                              const std::optional<std::string>& failure);
@@ -76,6 +78,8 @@ class DecodeLoop {
     Scheduler scheduler_;
     LogitsReader reader_;
     AlignedBuffer<float> logits_;
+    std::vector<TokenChoice> choices_;
+    std::vector<int32_t> tokens_;  // what the model step chose, a row each; empty where it gave logits
     std::vector<TokenEvent> events_;
     LoopStats counters_;
     std::optional<std::chrono::steady_clock::time_point> last_step_;

@@ -39,6 +39,28 @@ std::optional<TokenEvent> LogitsReader::read(const Chunk& chunk, std::span<const
         if (next) read_next_token(sequence, event);
         if (event.finish_reason == FinishReason::kError) return event;
     }
+    return finished(sequence, end_position, std::move(event));
+}
+
+bool LogitsReader::needs_only_a_choice(const Chunk& chunk) {
+    const Sequence& sequence = *chunk.sequence;
+    const SamplingParams& params = sequence.request.sampling;
+    const bool plain = params.logit_bias.empty() && params.repetition_penalty == 1 && params.presence_penalty == 0 &&
+                       params.frequency_penalty == 0 && sequence.num_generated() >= params.min_tokens;
+    const bool wants_prompt = sequence.next_prompt_row < sequence.end_prompt_rows;
+    return plain && !wants_prompt && !sequence.request.num_logprobs;
+}
+
+std::optional<TokenEvent> LogitsReader::accept(const Chunk& chunk, std::optional<int32_t> token_id) {
+    Sequence& sequence = *chunk.sequence;
+    TokenEvent event;
+    event.sequence_id = sequence.id;
+    const int64_t end_position = sequence.computed_tokens + chunk.num_tokens;
+    if (token_id) append(sequence, *token_id, event);
+    return finished(sequence, end_position, std::move(event));
+}
+
+std::optional<TokenEvent> LogitsReader::finished(Sequence& sequence, int64_t end_position, TokenEvent event) {
     sequence.computed_tokens = end_position;
     if (!event.finish_reason && sequence.complete() && sequence.computed_tokens >= sequence.num_prompt)
         event.finish_reason = FinishReason::kLength;
@@ -64,10 +86,14 @@ void LogitsReader::read_next_token(Sequence& sequence, TokenEvent& event) {
         return;
     }
     if (sequence.request.num_logprobs) event.logprob = sampler_.logprob(*token_id, *sequence.request.num_logprobs);
-    sequence.token_ids.push_back(*token_id);
-    event.token_id = *token_id;
+    append(sequence, *token_id, event);
+}
+
+void LogitsReader::append(Sequence& sequence, int32_t token_id, TokenEvent& event) {
+    sequence.token_ids.push_back(token_id);
+    event.token_id = token_id;
     const auto& stops = sequence.request.sampling.stop_token_ids;
-    if (std::ranges::find(stops, *token_id) != stops.end())
+    if (std::ranges::find(stops, token_id) != stops.end())
         event.finish_reason = FinishReason::kStop;
     else if (sequence.complete())
         event.finish_reason = FinishReason::kLength;

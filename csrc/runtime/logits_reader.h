@@ -23,9 +23,18 @@ class LogitsReader {
     // None: the step told nothing about this sequence that anybody waits for.
     std::optional<TokenEvent> read(const Chunk& chunk, std::span<const float> logits);
 
+    // The same for a token that was chosen elsewhere, which `needs_only_a_choice` must have allowed. None: the chunk
+    // has no next token yet.
+    std::optional<TokenEvent> accept(const Chunk& chunk, std::optional<int32_t> token_id);
+
+    // Whether nothing but the next token is wanted of the chunk's logits, and that by the plain rule of TokenChoice.
+    static bool needs_only_a_choice(const Chunk& chunk);
+
   private:
     void read_prompt_row(Sequence& sequence, TokenEvent& event);
     void read_next_token(Sequence& sequence, TokenEvent& event);
+    void append(Sequence& sequence, int32_t token_id, TokenEvent& event);
+    std::optional<TokenEvent> finished(Sequence& sequence, int64_t end_position, TokenEvent event);
 
     int64_t vocab_size_;
     Sampler sampler_;

@@ -1,10 +1,21 @@
 #pragma once
 
+#include <cstdint>
 #include <span>
 
+#include "runtime/request.h"
 #include "runtime/step_batch.h"
 
 namespace gemma2_fast {
+
+// How the token after one row of logits is to be chosen: by temperature, top_k, top_p and min_p of the parameters
+// alone.
+struct TokenChoice {
+    const SamplingParams* sampling = nullptr;
+    uint64_t token_index = 0;  // of the sequence's generated tokens, which with the seed fixes the draw
+};
+
+inline constexpr int32_t kHostChooses = -1;
 
 // What a backend is to the decode loop: one virtual call a step.
 class ModelStep {
@@ -15,6 +26,12 @@ class ModelStep {
     // left to the reader: it keeps the order, so few of the logits ever need it.
     // logits: float32 [L, V], row l belongs to batch.logits_token[l].
     virtual void run(const StepBatch& batch, std::span<float> logits) = 0;
+
+    // For steps that can choose tokens where their logits lie: as run, but gives the token of each row, or kHostChooses
+    // where that takes the row itself, which copy_logits then writes. choices, tokens: [L].
+    virtual bool can_choose() const { return false; }
+    virtual void choose(const StepBatch& batch, std::span<const TokenChoice> choices, std::span<int32_t> tokens);
+    virtual void copy_logits(std::span<float> logits);  // [L, V] of the step before
 };
 
 }  // namespace gemma2_fast

@@ -84,6 +84,7 @@ def _run(plan: EnginePlan) -> dict[str, Any]:
         "instruction_set": plan.instruction_set,
         "available": _core.instruction_sets(),
         "num_threads": plan.num_threads,
+        "gpu": None if plan.gpu is None else f"{plan.gpu.name} (sm_{plan.gpu.arch})",
         "quantization": plan.quantization,
         "compute_dtype": plan.compute_dtype,
         "activations": plan.activations,
@@ -119,11 +120,13 @@ def _cache(cache: CachePlan) -> dict[str, Any]:
 def _plan_lines(plan: EnginePlan) -> list[str]:
     run, cache = _run(plan), _cache(plan.cache)
     products = ", int8 in products with quantised weights" if run["activations"] == "int8" else ""
+    kernels = f"{run['instruction_set']} kernels of {', '.join(run['available'])}, {run['num_threads']} threads"
+    if run["gpu"] is not None:
+        kernels = run["gpu"]
     quantized = [] if plan.quantization is None else [f"quantising    to {plan.quantization} while loading, in memory"]
     lines = [
         *quantized,
-        f"backend       {run['backend']}, {run['instruction_set']} kernels of {', '.join(run['available'])}, "
-        f"{run['num_threads']} threads, {run['compute_dtype']} activations{products}",
+        f"backend       {run['backend']}, {kernels}, {run['compute_dtype']} activations{products}",
         f"cache         {_size(cache['bytes'])} as {cache['kv_dtype']}: {cache['max_sequences']} sequences "
         f"of up to {cache['max_seq_len']:,} tokens, pages of {cache['page_tokens']}, "
         f"steps of up to {cache['max_step_tokens']} tokens",

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from gemma2_fast import _core
 from gemma2_fast.description import Description
 from gemma2_fast.engine.engine import start_engine
-from gemma2_fast.engine.options import EngineOptions, EnginePlan, free_memory_bytes, plan_engine, why_not_runnable
+from gemma2_fast.engine.memory import free_memory_bytes
+from gemma2_fast.engine.options import EngineOptions, EnginePlan, plan_engine, why_not_runnable
 from gemma2_fast.errors import (
     BackendError,
     CapacityError,
@@ -57,7 +58,7 @@ _HUB_DEFAULTS: dict[str, Any] = {
 class Generator:
     """A Gemma model ready to run. Safe to call from several threads; close it, or use it as a context manager.
 
-    backend: "auto", "cpu" or "reference" (PyTorch); plan: every choice that was made; spec: the model as data.
+    backend: "auto", "cpu", "cuda" or "reference" (PyTorch); plan: every choice that was made; spec: the model as data.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: EnginePlan, progress: bool = False) -> None:
@@ -97,7 +98,7 @@ class Generator:
     ) -> Generator:
         """Load a hub id, a local directory, a .gguf file, or "gemma-3-270m" (which ships with the [demo] extra).
 
-        backend: "auto" | "cpu" | "reference". dtype: "auto" (the checkpoint's own) | "float32" | "bfloat16".
+        backend: "auto" | "cpu" | "cuda" | "reference". dtype: "auto" (the checkpoint's own) | "float32" | "bfloat16".
         quantization: None (as stored) | "int8" | "int4", made of unquantised weights while they are loaded.
         activations: "auto" ("int8" for products with quantised weights on the CPU) | "float32" | "int8".
         kv_dtype: "auto" (follows dtype, bfloat16 for "int8" and "int4" weights) | "float32" | "bfloat16" | "int8".

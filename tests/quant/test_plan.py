@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma2_fast import Generator
-from gemma2_fast.engine import options
+from gemma2_fast.engine import memory
 from gemma2_fast.engine.options import EngineOptions, EnginePlan, plan_engine
 from gemma2_fast.errors import BackendError, CapacityError, RequestError
 from gemma2_fast.spec.families import spec_from_config
@@ -79,7 +79,7 @@ def test_a_model_is_the_same_whether_it_is_quantised_now_or_was_before() -> None
 
 
 def test_quantising_while_loading_needs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "free_memory_bytes", lambda: 50_000)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 50_000)
     with pytest.raises(CapacityError, match="more than is free; run `gemma2-fast quantize` once"):
         plan(("BF16",), quantization="int8")
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan
+from gemma2_fast.engine.gpu import gpu_step
 from gemma2_fast.engine.options import EnginePlan
 from gemma2_fast.errors import BackendError
 from gemma2_fast.quant import FORMATS
@@ -30,6 +31,8 @@ def start_engine(plan: EnginePlan, weights: Weights, progress: bool = False) -> 
     step: _core.ModelStep
     if plan.backend == "cpu":
         step = cpu_step(plan, weights, cache)
+    elif plan.gpu is not None:
+        step = gpu_step(plan.gpu, plan, core_spec(plan.spec), cache, weights, progress)
     else:
         # Only this backend needs torch.
         from gemma2_fast.reference import DTYPES, ReferenceModel, ReferenceStep

@@ -10,16 +10,15 @@ from typing import Any
 
 from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
+from gemma2_fast.engine.memory import CacheRoom, gpu_room, host_room
 from gemma2_fast.errors import BackendError, CapacityError, RequestError
 from gemma2_fast.spec import ModelSpec, RecurrentSpec
-from gemma2_fast.weights.manifest import manifest
-from gemma2_fast.weights.quantize import QUANTIZATIONS, UNQUANTIZED, quantized_format, stored_quantization
+from gemma2_fast.weights.quantize import QUANTIZATIONS, UNQUANTIZED, stored_quantization
 
-DEFAULT_STEP_TOKENS = 512
+DEFAULT_STEP_TOKENS, DEFAULT_GPU_STEP_TOKENS = 512, 2048
 # Rows of [L, V] float32 logits a step may yield; bounds what prompt logprobs and large batches hold at once.
 LOGITS_ROWS, MAX_LOGITS_ROWS = 32, 128
-# Share of the free memory that a cache of unstated size may take.
-FREE_MEMORY_SHARE = 0.5
+DRIVER_LIBRARY = "libcuda.so.1"
 
 log = logging.getLogger("gemma2_fast")
 
@@ -42,7 +41,7 @@ class EngineOptions:
     instruction_set: str = "auto"
 
     def __post_init__(self) -> None:
-        _choice("backend", self.backend, ("auto", "cpu", "reference"), {"cuda": "this build has no GPU backend yet"})
+        _choice("backend", self.backend, ("auto", "cpu", "cuda", "reference"), {})
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16"), {"float16": "Gemma's activations overflow it"})
         _choice("quantization", self.quantization, (None, *QUANTIZATIONS), {})
         _choice("activations", self.activations, ("auto", "float32", "int8"), {})
@@ -69,7 +68,7 @@ class EnginePlan:
     """Every choice made: `spec` has the window in force, `compute_dtype` is that of everything but matrix products.
 
     quantization: what unquantised matrices become while they are loaded. activations: their type in products with
-    quantised matrices; all other products are float.
+    quantised matrices; all other products are float. gpu: what the backend "cuda" runs on, None for others.
     """
 
     spec: ModelSpec
@@ -82,6 +81,7 @@ class EnginePlan:
     num_threads: int
     cache: CachePlan
     max_logits_rows: int
+    gpu: _core.CudaDevice | None = None
 
 
 def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: EngineOptions) -> EnginePlan:
@@ -92,7 +92,7 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     backend = options.backend
     if backend == "auto":
         backend = "cpu"
-        log.info("backend: cpu (this build has no other)")
+        log.info('backend: cpu (the other, "cuda", is chosen by name: no card has run it yet)')
     if backend == "reference" and find_spec("torch") is None:
         raise BackendError('backend="reference" needs PyTorch: pip install "gemma2-fast[torch]"')
 
@@ -108,14 +108,20 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     activations = _activations(options.activations, backend, ours or any(f not in UNQUANTIZED for f in matrix_formats))
     kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
     compute_dtype = "bfloat16" if backend == "reference" and options.dtype == "bfloat16" else "float32"
+    gpu = None
+    if backend == "cuda":
+        _refuse_on_gpu(options)
+        gpu = _core.CudaDevice(driver_library=DRIVER_LIBRARY, ordinal=0)
+        weight_dtype, activations, kv_dtype, compute_dtype = None, "bfloat16", "bfloat16", "bfloat16"
 
     spec = spec.with_window(options.sliding_window)
     max_seq_len = options.max_seq_len or spec.max_positions
     if max_seq_len > spec.max_positions:
         raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
-    step_tokens = options.max_step_tokens or DEFAULT_STEP_TOKENS
+    step_tokens = options.max_step_tokens or (DEFAULT_STEP_TOKENS if gpu is None else DEFAULT_GPU_STEP_TOKENS)
     step_tokens = min(step_tokens, max_seq_len * options.max_batch_size)
-    cache = _plan_cache(spec, options, kv_dtype, max_seq_len, step_tokens, _quantized_bytes(spec, quantization))
+    room = host_room(spec, quantization) if gpu is None else gpu_room(gpu, spec, stored, quantization)
+    cache = _plan_cache(spec, options, kv_dtype, max_seq_len, step_tokens, room)
     return EnginePlan(
         spec=spec,
         backend=backend,
@@ -127,6 +133,7 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
         num_threads=options.num_threads or len(os.sched_getaffinity(0)),
         cache=cache,
         max_logits_rows=min(max(LOGITS_ROWS, options.max_batch_size), MAX_LOGITS_ROWS),
+        gpu=gpu,
     )
 
 
@@ -145,6 +152,13 @@ def _quantization(matrix_formats: tuple[str, ...], wanted: str | None) -> str | 
     )
 
 
+def _refuse_on_gpu(options: EngineOptions) -> None:
+    """A GPU computes in bfloat16 with sums in float32, and keeps keys and values in bfloat16."""
+    for name in ("dtype", "kv_dtype", "activations"):
+        if (value := getattr(options, name)) not in ("auto", "bfloat16"):
+            raise BackendError(f'{name}={value!r}: backend="cuda" computes in bfloat16; leave it "auto"')
+
+
 def _activations(wanted: str, backend: str, quantized: bool) -> str:
     if wanted == "float32" or (wanted == "auto" and not (quantized and backend == "cpu")):
         return "float32"
@@ -157,14 +171,6 @@ def _activations(wanted: str, backend: str, quantized: bool) -> str:
     return "int8"
 
 
-def _quantized_bytes(spec: ModelSpec, quantization: str | None) -> int:
-    """Memory that quantising while loading takes."""
-    if quantization is None:
-        return 0
-    formats = {name: (quantized_format(name, shape, quantization), shape) for name, shape in manifest(spec).items()}
-    return sum(target.num_bytes(shape) for target, shape in formats.values() if target is not None)
-
-
 def why_not_runnable(spec: ModelSpec) -> str | None:
     """Why no backend can run the model, if so."""
     if any(isinstance(layer.mixer, RecurrentSpec) for layer in spec.layers):
@@ -173,21 +179,15 @@ def why_not_runnable(spec: ModelSpec) -> str | None:
 
 
 def _plan_cache(
-    spec: ModelSpec, options: EngineOptions, kv_dtype: str, max_seq_len: int, step_tokens: int, weight_bytes: int
+    spec: ModelSpec, options: EngineOptions, kv_dtype: str, max_seq_len: int, step_tokens: int, room: CacheRoom
 ) -> CachePlan:
-    """`weight_bytes` of memory are not there yet but spoken for."""
-    free_bytes = free_memory_bytes() - weight_bytes
-    if free_bytes < 0:
-        raise CapacityError(
-            f"quantising while loading takes {weight_bytes / 2**30:.1f} GiB, {-free_bytes / 2**30:.1f} GiB more than "
-            "is free; run `gemma2-fast quantize` once: what it writes is mapped"
-        )
-    limit_bytes = int(free_bytes * FREE_MEMORY_SHARE)
+    limit_bytes = int(room.free_bytes * room.share)
     if options.kv_cache_gib is not None:
         limit_bytes = int(options.kv_cache_gib * 2**30)
-        if limit_bytes > free_bytes:
+        if limit_bytes > room.free_bytes:
             raise CapacityError(
-                f"kv_cache_gib={options.kv_cache_gib:g} is more than the {free_bytes / 2**30:.1f} GiB of free memory"
+                f"kv_cache_gib={options.kv_cache_gib:g} is more than the {room.free_bytes / 2**30:.1f} GiB of free "
+                "memory"
             )
 
     def plan(limit: int | None) -> CachePlan:
@@ -197,6 +197,7 @@ def _plan_cache(
             max_seq_len=max_seq_len,
             max_sequences=options.max_batch_size,
             max_step_tokens=step_tokens,
+            page_tokens=room.page_tokens,
             limit_bytes=limit,
         )
 
@@ -211,23 +212,6 @@ def _plan_cache(
             max_seq_len,
         )
     return cache
-
-
-def free_memory_bytes() -> int:
-    """Memory that can be had without swapping: the kernel's estimate, or what the control group leaves of it."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
-        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
-            # Cached files, mapped weights among them, count as used but can be dropped.
-            used -= sum(int(line.split()[1]) for line in file if line.startswith(("active_file ", "inactive_file ")))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
 def _choice(name: str, value: Any, known: tuple[Any, ...], reasons: dict[str, str]) -> None:

@@ -1,0 +1,38 @@
+"""Weights as a GPU keeps them: vectors in float32, matrices row after row in a format that has kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma2_fast.quant import FORMATS
+from gemma2_fast.spec import ModelSpec
+from gemma2_fast.weights.manifest import manifest
+from gemma2_fast.weights.quantize import quantized_format
+from gemma2_fast.weights.tensor import Tensor
+
+# Stored formats that have kernels of their own; all others become bfloat16.
+_FORMATS: dict[str, str] = {}
+
+
+def device_format(tensor: Tensor) -> str:
+    return _FORMATS.get(tensor.format.name, "bfloat16")
+
+
+def device_parts(tensor: Tensor) -> dict[str, NDArray[np.uint8]]:
+    """The bytes of each part of a tensor, by the names of _core.GraphStep.upload."""
+    if len(tensor.shape) < 2:
+        return {"weight": tensor.to_float32().reshape(-1).view(np.uint8)}
+    if tensor.format is not FORMATS["BF16"]:
+        tensor = Tensor.from_float32(tensor.to_float32(), FORMATS["BF16"])
+    return {"weight": tensor.data}
+
+
+def device_weight_bytes(spec: ModelSpec, stored: str, quantization: str | None) -> int:
+    """What a model takes on the device, stored in one format or quantised from it."""
+    total = 0
+    for name, shape in manifest(spec).items():
+        chosen = quantized_format(name, shape, quantization) if quantization is not None else FORMATS[stored]
+        kept = chosen if chosen is not None and chosen.name in _FORMATS else FORMATS["BF16"]
+        total += kept.num_bytes(shape)
+    return total
