@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import os
 import subprocess
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from gemma2_fast.triton_kernels.specialisation import POINTER_ALIGNMENT, Special
 
 ROOT = Path(__file__).parents[2]
 TORCH_TYPES = {
-    "bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64, "i8": torch.int8,
+    "bf16": torch.bfloat16, "fp64": torch.float64, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64, "i8": torch.int8,
     "u8": torch.uint8,
 }  # fmt: skip
 ILLEGAL_ADDRESS, KERNEL_FAILED = 700, 719
@@ -52,6 +53,7 @@ class Launch:
     shared_bytes: int
     dependent: bool
     arguments: dict[str, int | float]
+    hidden: tuple[int, ...]  # pointers after the arguments
 
 
 class FakeGpu:
@@ -67,7 +69,6 @@ class FakeGpu:
         self.specialisations = {s.name: s for s in specialisations}
         self.computes = computes
         self.launches: list[Launch] = []
-        self.error: BaseException | None = None  # of the last kernel that failed
         self._callback = _RunKernel(self._run)
         self.library.fake_reset(self._callback)
 
@@ -101,6 +102,13 @@ class FakeGpu:
     def calls(self) -> list[str]:
         return self.library.fake_calls().decode().splitlines()
 
+    def fail(self, function: str, after: int, error: int) -> None:
+        """Lets calls of a driver's function end in an error, from the one after `after` more on."""
+        self.library.fake_fail(function.encode(), after, error)
+
+    def num_allocations(self) -> int:
+        return int(self.library.fake_num_allocations())
+
     def _run(
         self, symbol: bytes, grid: Any, threads: int, shared_bytes: int, dependent: int, values: Any, num_values: int
     ) -> int:
@@ -108,14 +116,22 @@ class FakeGpu:
         kinds = {name: kind for name, kind in specialisation.signature().items() if kind != "constexpr"}
         raw = [values[i] for i in range(num_values)]
         arguments = {name: _number(kind, value) for (name, kind), value in zip(kinds.items(), raw, strict=False)}
-        launch = Launch(specialisation.name, tuple(grid[:3]), threads, shared_bytes, bool(dependent), arguments)
+        launch = Launch(
+            specialisation.name,
+            tuple(grid[:3]),
+            threads,
+            shared_bytes,
+            bool(dependent),
+            arguments,
+            tuple(raw[len(kinds) :]),
+        )
         self.launches.append(launch)
         if not self.computes:
             return 0
         try:
             self._compute(specialisation, kinds, launch)
-        except BaseException as error:
-            self.error = error
+        except BaseException:
+            traceback.print_exc()  # the caller learns no more than that a kernel failed
             return KERNEL_FAILED
         return 0
 

@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
+from gemma2_fast.engine.device_weights import device_parts
 from gemma2_fast.engine.engine import core_cache_plan, core_spec
 from gemma2_fast.spec import AttentionSpec, ModelSpec
 from gemma2_fast.triton_kernels import build
@@ -25,6 +23,9 @@ SMALL_BLOCKS = {
     "attention_prefill": {"TILE": 16, "BLOCK": 16},
     "attention_decode": {"ROWS": 16, "BLOCK": 16},
     "matmul": {"ROWS": 16, "COLS": 64},
+    "sample_scan": {"BLOCK": 64},
+    "sample_weigh": {"BLOCK": 64},
+    "sample_draw": {"BLOCK": 64},
     "matmul_tiled": {"TILE_TOKENS": 16, "TILE_ROWS": 32, "COLS": 64},
 }
 
@@ -54,37 +55,32 @@ def _small(specialisation: Specialisation, shapes: set[tuple[int, int]]) -> Iter
         yield dataclasses.replace(specialisation, constants=constants)
 
 
-def small_plan(spec: ModelSpec, max_seq_len: int = 64, max_sequences: int = 4, max_step_tokens: int = 24) -> CachePlan:
+def small_plan(spec: ModelSpec, max_seq_len: int = 64, max_sequences: int = 4, max_step_tokens: int = 16) -> CachePlan:
     return plan_cache(
         spec, kv_dtype="bfloat16", max_seq_len=max_seq_len, max_sequences=max_sequences,
         max_step_tokens=max_step_tokens, page_tokens=PAGE,
     )  # fmt: skip
 
 
-def gpu_step(gpu: FakeGpu, model: TinyModel, plan: CachePlan, captures: bool = True, **changes: Any) -> _core.GraphStep:
+def gpu_step(gpu: FakeGpu, model: TinyModel, plan: CachePlan, uploads: bool = True, **changes: Any) -> _core.GraphStep:
+    """A step of the model, its cache full of NaN. uploads: whether its weights are copied up, too."""
     matrices = [name for name, tensor in model.weights.items() if len(tensor.shape) > 1]
-    step = _core.GraphStep(
-        device=gpu.device(),
-        spec=core_spec(model.spec),
-        plan=core_cache_plan(plan),
-        formats=dict.fromkeys(matrices, "bfloat16"),
-        kernels=gpu.images(),
-        max_step_tokens=plan.max_step_tokens,
-        max_logits_rows=plan.max_step_tokens,
-        max_sequences=plan.max_sequences,
-        max_seq_len=plan.max_seq_len,
-        captures=captures,
-        **changes,
-    )
-    for name, tensor in model.weights.items():
-        values = tensor.to_float32()
-        step.upload(name, "weight", as_bfloat16(values) if name in matrices else values.view(np.uint8))
-    step.finish_upload()
+    arguments = {
+        "device": gpu.device(),
+        "spec": core_spec(model.spec),
+        "plan": core_cache_plan(plan),
+        "formats": dict.fromkeys(matrices, "bfloat16"),
+        "kernels": gpu.images(),
+        "max_step_tokens": plan.max_step_tokens,
+        "max_logits_rows": plan.max_step_tokens,
+        "max_sequences": plan.max_sequences,
+        "max_seq_len": plan.max_seq_len,
+    }
+    step = _core.GraphStep(**{**arguments, **changes})
+    if uploads:
+        for name, tensor in model.weights.items():
+            for part, data in device_parts(tensor).items():
+                step.upload(name, part, data)
+        step.finish_upload()
     step.poison_cache()
     return step
-
-
-def as_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Of values that bfloat16 holds exactly."""
-    bits = np.ascontiguousarray(values).view(np.uint32) >> 16
-    return bits.astype(np.uint16).reshape(-1).view(np.uint8)
