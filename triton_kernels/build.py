@@ -25,7 +25,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gemma2_fast.triton_kernels import attention_decode, attention_prefill, embed, geglu, matmul, rms_norm, rope
+from gemma2_fast.triton_kernels import (
+    attention_decode,
+    attention_prefill,
+    embed,
+    geglu,
+    matmul,
+    rms_norm,
+    rope,
+    sample,
+)
 from gemma2_fast.triton_kernels.specialisation import POINTER_ALIGNMENT, Specialisation
 
 # Compute capabilities, and the bytes of shared memory that one program may have there.
@@ -38,12 +47,16 @@ OPS = {
     "matmul": matmul.specialisations,
     "rms_norm": rms_norm.specialisations,
     "rope": rope.specialisations,
+    "sample": sample.specialisations,
 }
 SPILLS_CHECKED_ON = 90
 # Name of a specialisation: why.
 ALLOWED_SPILLS = {
     "attention_decode_capped0_windowed0_group1_head_dim256_page64_rows16_block64_bf16_i32_fp32": (
         "8 bytes by the assembler of Triton 3.6 alone, at 168 registers; smaller blocks halve what is under way"
+    ),
+    "sample_draw_capped1_block2048_blocks128_keep16_fp32_i32_i64_fp64": (
+        "8 bytes by the assembler of Triton 3.6 alone, at 80 registers; half the warps take twice the steps"
     ),
 }
 MANIFEST_VERSION = 1
@@ -93,7 +106,7 @@ def compile_for(specialisation: Specialisation, arch: int) -> Compiled:
     options = {
         "num_warps": specialisation.num_warps,
         "num_stages": specialisation.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": specialisation.contracts,
     }
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin, ptx, metadata = compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata

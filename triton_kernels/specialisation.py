@@ -14,6 +14,7 @@ class Specialisation:
     """`types`: Triton's names ("*bf16", "i32", "fp32") of the arguments that are left at run time.
 
     divisible: integer arguments that are always multiples of 16. Pointers always are, in bytes.
+    contracts: a product and a sum may become one operation, which rounds once.
     """
 
     op: str
@@ -23,6 +24,7 @@ class Specialisation:
     divisible: frozenset[str] = field(default=frozenset())
     num_warps: int = 4
     num_stages: int = 3
+    contracts: bool = True
 
     @property
     def name(self) -> str:

@@ -101,6 +101,15 @@ def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:
     assert "mma" in compilation.of(largest("matmul", FULL), FULL).ptx
 
 
+@pytest.mark.parametrize("op", ["sample_weigh", "sample_draw"])
+def test_weights_are_rounded_as_the_hosts(compilation: Compilation, op: str) -> None:
+    """The interpreter contracts nothing and divides exactly, so only this shows that a GPU does the same."""
+    (name,) = (name for name, arch in CASES if arch == FULL and name.startswith(f"{op}_capped1_block2048_blocks128"))
+    ptx = compilation.of(name, FULL).ptx
+    assert "div.rn.f32" in ptx
+    assert not re.search(r"fma\.|div\.(full|approx)|ex2\.approx", ptx)
+
+
 def test_splits_meet_behind_a_barrier(compilation: Compilation) -> None:
     """The interpreter runs one program after another, so only this shows that all threads have stored their part before
     one reports it, whoever put the barrier there, and that parts are read past the first-level cache."""
