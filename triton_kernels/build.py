@@ -30,6 +30,7 @@ from gemma2_fast.triton_kernels import (
     attention_prefill,
     embed,
     geglu,
+    manifest,
     matmul,
     rms_norm,
     rope,
@@ -59,7 +60,7 @@ ALLOWED_SPILLS = {
         "8 bytes by the assembler of Triton 3.6 alone, at 80 registers; half the warps take twice the steps"
     ),
 }
-MANIFEST_VERSION = 1
+PTX_ARCH = 80  # whose PTX the driver of any later GPU can compile
 HIDDEN_POINTERS = 2  # after the arguments: Triton's scratch, null where none is needed
 
 # What Triton says of a kernel that needs nothing else.
@@ -82,9 +83,16 @@ class Compiled:
     registers: int
     spilled_bytes: int  # of a thread's stack
 
-    @property
-    def file(self) -> str:
-        return f"{self.specialisation.name}.sm_{self.arch}.cubin"
+    def files(self) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+        """Name, content and row of the manifest: the cubin, and PTX where later GPUs are to have it."""
+        stem = f"{self.specialisation.name}.sm_{self.arch}"
+        yield self._file(f"{stem}.cubin", self.cubin)
+        if self.arch == PTX_ARCH:
+            yield self._file(f"{stem}.ptx", self.ptx.encode())
+
+    def _file(self, name: str, content: bytes) -> tuple[str, bytes, dict[str, Any]]:
+        is_ptx = name.endswith(".ptx")
+        return name, content, {"file": name, "ptx": is_ptx, "sha256": hashlib.sha256(content).hexdigest(), **self.entry}
 
     def line(self) -> str:
         entry = self.entry
@@ -133,8 +141,8 @@ def compile_for(specialisation: Specialisation, arch: int) -> Compiled:
         "num_warps": metadata.num_warps,
         "shared_bytes": metadata.shared,
         "hidden_pointers": HIDDEN_POINTERS,
+        "dependent_launch": metadata.launch_pdl,
         "triton_version": triton.__version__,
-        "sha256": hashlib.sha256(cubin).hexdigest(),
     }
     return Compiled(specialisation, arch, cubin, ptx, entry, registers, spilled_bytes)
 
@@ -168,17 +176,19 @@ def needed(arch: int, ops: Iterable[str] = OPS) -> Iterator[Specialisation]:
 def build(directory: Path, targets: Sequence[int], ops: Sequence[str]) -> list[Compiled]:
     """Writes the cubins and manifest.json; gives what was compiled. RuntimeError where one asks for too much."""
     directory.mkdir(parents=True, exist_ok=True)
-    done = []
+    done, rows = [], []
     for arch in targets:
         for specialisation in needed(arch, ops):
             compiled = compile_for(specialisation, arch)
-            (directory / compiled.file).write_bytes(compiled.cubin)
+            for name, content, row in compiled.files():
+                (directory / name).write_bytes(content)
+                rows.append(row)
             done.append(compiled)
             print(compiled.line(), flush=True)
     if found := [fault for compiled in done for fault in faults(compiled)]:
         raise RuntimeError("; ".join(found))
-    manifest = {"version": MANIFEST_VERSION, "kernels": [{"file": c.file, **c.entry} for c in done]}
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    content = json.dumps({"version": manifest.VERSION, "kernels": rows}, indent=1)
+    (directory / manifest.FILE_NAME).write_text(content, encoding="utf-8")
     return done
 
 

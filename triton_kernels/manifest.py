@@ -13,7 +13,7 @@ from gemma2_fast.errors import BackendError
 
 FILE_NAME = "manifest.json"
 VERSION = 2
-_SIZES = {"*": 8, "i32": 4, "fp32": 4}  # bytes of an argument, by its type or the type's first letter
+_SCALARS = ("i32", "fp32")  # what a launcher can hand over beside pointers
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ class CompiledKernel:
     code: bytes
 
     @classmethod
-    def of_row(cls, row: Any, directory: Path) -> CompiledKernel:
+    def of_row(cls, row: Mapping[str, Any], directory: Path) -> CompiledKernel:
         """A row of the manifest with its file. BackendError where either is not what build.py wrote."""
-        if not isinstance(row, dict):
-            raise _damaged(directory, f"a kernel is {type(row).__name__}, not an object")
         where = f"kernel {row.get('name', '?')}"
         values = {}
         for name, kind in _ROW_TYPES.items():
@@ -87,22 +85,22 @@ def read_manifest(directory: Path, arch: int) -> list[CompiledKernel]:
         return []
     except (OSError, ValueError) as error:
         raise _damaged(directory, f"{FILE_NAME} cannot be read ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("version") != VERSION or "kernels" not in manifest:
-        found = manifest.get("version") if isinstance(manifest, dict) else None
-        raise _damaged(directory, f"{FILE_NAME} has version {found!r}, this build reads {VERSION}")
-    rows = [row for row in manifest["kernels"] if isinstance(row, dict)]
-    if len(rows) != len(manifest["kernels"]):
-        raise _damaged(directory, "a kernel is no object")
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise _damaged(directory, f"{FILE_NAME} has version {version!r}, this build reads {VERSION}")
+    rows = manifest.get("kernels")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise _damaged(directory, f"{FILE_NAME} has no list of kernels")
     chosen = [row for row in rows if row.get("arch") == arch and row.get("ptx") is False]
     if not chosen:
-        chosen = [row for row in rows if row.get("ptx") is True and row.get("arch", arch + 1) <= arch]
+        chosen = [row for row in rows if row.get("ptx") is True and row.get("arch", 0) <= arch]
     return [CompiledKernel.of_row(row, directory) for row in chosen]
 
 
 def _argument(item: Any, where: str, directory: Path) -> Argument:
     match item:
         case {"name": str(name), "type": str(kind), "divisible_by_16": bool(divisible)} if (
-            kind in _SIZES or kind[:1] in _SIZES
+            kind in _SCALARS or kind.startswith("*")
         ):
             return Argument(name, kind, divisible)
     raise _damaged(directory, f"{where}: an argument is {item!r}")

@@ -102,9 +102,11 @@ class Generator:
         quantization: None (as stored) | "int8" | "int4", made of unquantised weights while they are loaded.
         activations: "auto" ("int8" for products with quantised weights on the CPU) | "float32" | "int8".
         kv_dtype: "auto" (follows dtype, bfloat16 for "int8" and "int4" weights) | "float32" | "bfloat16" | "int8".
+        backend="cuda" computes in bfloat16 with sums in float32, and keeps keys and values in bfloat16; weights of
+        formats other than "int8" and "int4" become bfloat16.
         max_seq_len: tokens a sequence may reach, the model's own limit by default.
-        max_batch_size: sequences that run at once. max_step_tokens: tokens one step computes, 512 by default.
-        kv_cache_gib: memory for keys and values, half of what is free at most by default.
+        max_batch_size: sequences that run at once. max_step_tokens: tokens one step computes, by default 512,
+        on a GPU 2048. kv_cache_gib: memory for keys and values, by default at most half of what is free, on a GPU 90 %.
         num_threads: all processors by default. sliding_window: keys a windowed layer sees, as trained by default.
         instruction_set: "auto" | "avx512_vnni" | "avx2" | "scalar".
         revision, token, cache_dir, local_files_only: for the hub. progress: bars on a terminal.

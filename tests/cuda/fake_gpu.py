@@ -24,10 +24,10 @@ from gemma2_fast.triton_kernels.specialisation import POINTER_ALIGNMENT, Special
 
 ROOT = Path(__file__).parents[2]
 TORCH_TYPES = {
-    "bf16": torch.bfloat16, "fp64": torch.float64, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64, "i8": torch.int8,
-    "u8": torch.uint8,
+    "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
+    "i8": torch.int8, "u8": torch.uint8, "i32": torch.int32, "i64": torch.int64,
 }  # fmt: skip
-ILLEGAL_ADDRESS, KERNEL_FAILED = 700, 719
+KERNEL_FAILED = 719
 HIDDEN_POINTERS = 2
 
 _RunKernel = ctypes.CFUNCTYPE(

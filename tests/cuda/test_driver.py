@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from gemma2_fast import _core
 from gemma2_fast.errors import BackendError
-from tests.cuda.fake_gpu import FakeGpu
+from tests.cuda.fake_gpu import ROOT, FakeGpu
 
 ENOUGH_BYTES = 2**40
 
@@ -36,7 +38,7 @@ def test_no_driver(tmp_path: Path) -> None:
 
 def test_a_library_that_lacks_a_function(tmp_path: Path) -> None:
     library = tmp_path / "libempty.so"
-    subprocess.run(["c++", "-shared", "-o", library, "-x", "c++", "/dev/null"], check=True)
+    subprocess.run([os.environ.get("CXX", "c++"), "-shared", "-o", library, "-x", "c++", "/dev/null"], check=True)
     with pytest.raises(BackendError, match=r"libempty.so has no cuInit: update NVIDIA's driver to CUDA 12.0"):
         _core.CudaDevice(driver_library=str(library), ordinal=0)
 
@@ -67,8 +69,35 @@ def test_a_call_that_fails(gpu: FakeGpu, function: str) -> None:
         gpu.device()
 
 
+TOOLKIT_HEADER = Path("/usr/local/cuda/include/cuda.h")
+SAME_AS_CUDA_H = """
+#include <cstddef>
+#include <type_traits>
+#include "cuda/driver.h"
+#include <cuda.h>
+namespace ours = gemma2_fast;
+static_assert(sizeof(CUdeviceptr) == sizeof(ours::CUdeviceptr) && sizeof(CUresult) == sizeof(ours::CUresult));
+static_assert(sizeof(CUlaunchConfig) == sizeof(ours::CUlaunchConfig));
+static_assert(sizeof(CUlaunchAttribute) == sizeof(ours::CUlaunchAttribute));
+static_assert(offsetof(CUlaunchConfig, hStream) == offsetof(ours::CUlaunchConfig, stream));
+static_assert(offsetof(CUlaunchConfig, sharedMemBytes) == offsetof(ours::CUlaunchConfig, dynamic_shared_bytes));
+static_assert(offsetof(CUlaunchConfig, attrs) == offsetof(ours::CUlaunchConfig, attributes));
+static_assert(offsetof(CUlaunchConfig, numAttrs) == offsetof(ours::CUlaunchConfig, num_attributes));
+static_assert(offsetof(CUlaunchAttribute, value) ==
+              offsetof(ours::CUlaunchAttribute, programmatic_stream_serialization_allowed));
+#define SAME(name) static_assert(static_cast<int>(::name) == static_cast<int>(ours::name));
+"""
+
+
 def test_declarations_are_those_of_the_toolkit(tmp_path: Path) -> None:
-    """Where a toolkit is installed: sizes, offsets and values of what is declared anew."""
-    header = Path("/usr/local/cuda/include/cuda.h")
-    if not header.exists():
-        pytest.skip("no CUDA toolkit here")
+    """Sizes, offsets and values that csrc/cuda/driver.h declares anew."""
+    if not TOOLKIT_HEADER.exists():
+        pytest.skip("no CUDA toolkit here, whose header would be the oracle")
+    declared = (ROOT / "csrc/cuda/driver.h").read_text(encoding="utf-8")
+    values = re.findall(r"^    (CUD?A?_\w+) = \d+,$", declared, re.MULTILINE)
+    assert len(values) > 10
+    source = tmp_path / "same.cpp"
+    source.write_text(SAME_AS_CUDA_H + "\n".join(f"SAME({name})" for name in values))
+    compiler = os.environ.get("CXX", "c++")
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{TOOLKIT_HEADER.parent}"]
+    subprocess.run([compiler, "-std=c++20", "-fsyntax-only", *includes, str(source)], check=True)

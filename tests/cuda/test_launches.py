@@ -107,19 +107,27 @@ def test_dependent_launches(gpu: FakeGpu, model: TinyModel) -> None:
     assert all(launch.dependent for launch in gpu.launches)
 
 
-def test_a_failed_launch_ends_its_step_and_no_other(gpu: FakeGpu, model: TinyModel) -> None:
-    """The first fails while its graph is captured, which ends the capture."""
+FAILURES = (
+    ("cuStreamBeginCapture", 0, "beginning a capture"),
+    ("cuLaunchKernelEx", 3, "launching rope_"),
+    ("cuStreamEndCapture", 0, "ending a capture"),
+    ("cuGraphInstantiate", 0, "making a graph of a step"),
+    ("cuGraphLaunch", 0, "launching a graph"),
+    ("cuStreamSynchronize", 0, "waiting for the device"),
+)
+
+
+def test_a_failed_call_ends_its_step_and_no_other(gpu: FakeGpu, model: TinyModel) -> None:
+    """A launch that fails while it is captured ends the capture, too."""
     plan = small_plan(model.spec)
     with Loop(gpu_step(gpu, model, plan), model, plan) as loop:
-        for after in (3, 40):
-            gpu.fail("cuLaunchKernelEx", after, ILLEGAL_ADDRESS)
+        for function, after, doing in FAILURES:
+            gpu.fail(function, after, ILLEGAL_ADDRESS)
             message = loop.events(loop.submit([2], max_tokens=3))[-1].message
-            assert message is not None
-            assert "CUDA_ERROR_ILLEGAL_ADDRESS while launching " in message
-            gpu.fail("cuLaunchKernelEx", 10**6, 0)
-            message = loop.events(loop.submit([2], max_tokens=1))[-1].message
-            assert message is not None
-            assert "NaN" in message  # it ran, and nothing was computed
+            assert f"CUDA_ERROR_ILLEGAL_ADDRESS while {doing}" in str(message)
+            gpu.fail(function, 10**6, 0)
+        message = loop.events(loop.submit([2], max_tokens=1))[-1].message
+        assert "NaN" in str(message)  # it ran, and nothing was computed
 
 
 @pytest.mark.parametrize(
@@ -140,9 +148,9 @@ UNLIKE = {
     "an unknown parameter": ("rope", {"parameters": RENAMED}, "rope.*: no argument angle"),
     "another type": ("embed", {"parameters": [("scale", "i32", False)]}, "embed.*: scale must be i32"),
     "a promise": (
-        "matmul",
-        {"parameters": [("num_tokens", "i32", True)]},
-        "num_tokens must be a multiple of 16, got 1",
+        "rope",
+        {"parameters": [("table_width", "i32", True)]},
+        "table_width must be a multiple of 16, got 3",
     ),
     "an alignment": ("rope", {"pointer_alignment_bytes": 2**40}, "qkv must be aligned to 1099511627776 bytes"),
 }
@@ -213,7 +221,7 @@ def test_weights_that_no_kernel_reads(gpu: FakeGpu, model: TinyModel) -> None:
 def test_large_tensors_go_up_in_pieces(gpu: FakeGpu, model: TinyModel) -> None:
     """Two pinned buffers of 16 MiB, whatever the tensor; each is waited for before it is filled again."""
     wide = tiny_model("gemma2", model.directory.parent / "wide", dtype="bfloat16", head_dim=16, num_hidden_layers=1,
-                      hidden_size=1024, vocab_size=16384)  # fmt: skip
+                      hidden_size=1152, vocab_size=16384)  # fmt: skip
     gpu_step(gpu, wide, small_plan(wide.spec))
     calls = gpu.calls()
     assert calls.count(f"cuMemHostAlloc {16 * 2**20}") == 2

@@ -18,6 +18,7 @@ import pytest
 
 from gemma2_fast.triton_kernels import build
 from gemma2_fast.triton_kernels.build import Compiled, Specialisation
+from gemma2_fast.triton_kernels.manifest import read_manifest
 from gemma2_fast.triton_kernels.tuning import tuned
 from tests.triton_kernels.compiler import Result, compile_named, compilers
 
@@ -126,14 +127,26 @@ def run_build(directory: Path, *options: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, env=compiling)
 
 
-def test_the_manifest_names_every_file(tmp_path: Path) -> None:
+def test_a_build_is_what_a_launcher_reads(tmp_path: Path) -> None:
+    """Machine code for its own target; for later ones that have none, the PTX of the oldest."""
     done = run_build(tmp_path, "--targets", "80,90", "--ops", "geglu")
     assert done.returncode == 0, done.stderr
     assert "2 cubins" in done.stdout
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["version"] == build.MANIFEST_VERSION
-    assert {entry["file"] for entry in manifest["kernels"]} == {p.name for p in tmp_path.glob("*.cubin")}
-    assert {entry["arch"] for entry in manifest["kernels"]} == {80, 90}
+    (geglu_90,), (geglu_80,), (geglu_120,) = (read_manifest(tmp_path, arch) for arch in (90, 80, 120))
+    assert (geglu_90.file, geglu_90.ptx) == ("geglu_block1024_bf16.sm_90.cubin", False)
+    assert [(a.name, a.divisible_by_16) for a in geglu_90.arguments] == [
+        ("gate_up", False),
+        ("out", False),
+        ("width", True),
+    ]
+    assert geglu_90.code[:4] == b"\x7fELF"
+    assert (geglu_80.arch, geglu_80.ptx) == (80, False)
+    assert (geglu_120.arch, geglu_120.ptx) == (80, True)
+    assert b".target sm_80\n" in geglu_120.code
+    assert f".entry {geglu_120.symbol}(".encode() in geglu_120.code
+    assert read_manifest(tmp_path, 75) == []
+    rows = json.loads((tmp_path / "manifest.json").read_text())["kernels"]
+    assert {row["file"] for row in rows} == {p.name for p in tmp_path.iterdir()} - {"manifest.json"}
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def host_room(spec: ModelSpec, quantization: str | None) -> CacheRoom:
     free_bytes = free_memory_bytes() - quantized_bytes
     if free_bytes < 0:
         raise CapacityError(
-            f"quantising while loading takes {quantized_bytes / 2**30:.1f} GiB, {-free_bytes / 2**30:.1f} GiB more than "
-            "is free; run `gemma2-fast quantize` once: what it writes is mapped"
+            f"quantising while loading takes {quantized_bytes / 2**30:.1f} GiB, {-free_bytes / 2**30:.1f} GiB more "
+            "than is free; run `gemma2-fast quantize` once: what it writes is mapped"
         )
     return CacheRoom(free_bytes, 0.5, PAGE_TOKENS)
 
@@ -45,8 +45,8 @@ def gpu_room(gpu: _core.CudaDevice, spec: ModelSpec, stored: str, quantization: 
     free_bytes = there - weight_bytes - GPU_RESERVE_BYTES
     if free_bytes < 0:
         raise CapacityError(
-            f"the weights take {weight_bytes / 2**30:.1f} GiB, but {gpu.name} has {there / 2**30:.1f} GiB free, of which "
-            f"{GPU_RESERVE_BYTES / 2**30:.0f} GiB are for activations; use quantization='int8' or 'int4', or "
+            f"the weights take {weight_bytes / 2**30:.1f} GiB, but {gpu.name} has {there / 2**30:.1f} GiB free, of "
+            f"which {GPU_RESERVE_BYTES / 2**30:.0f} GiB are for activations; use quantization='int8' or 'int4', or "
             'backend="cpu"'
         )
     return CacheRoom(free_bytes, 0.9, GPU_PAGE_TOKENS)

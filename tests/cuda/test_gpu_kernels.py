@@ -1,0 +1,64 @@
+"""Where kernels come from when a GPU is to be used: shipped, compiled before, compiled now, or nowhere."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from gemma2_fast.engine import gpu_kernels
+from gemma2_fast.engine.gpu_kernels import kernel_images
+from gemma2_fast.errors import BackendError
+from tests.triton_kernels.test_manifest import write
+
+
+@pytest.fixture(autouse=True)
+def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_kernels, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_shipped_kernels_need_no_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_kernels, "find_spec", lambda name: None)
+    (tmp_path / "shipped").mkdir()
+    write(tmp_path / "shipped")
+    assert len(kernel_images(90)) == 1
+    with pytest.raises(
+        BackendError, match=r'no GPU kernels for sm_120: `pip install "gemma2-fast\[cuda\]"` brings Triton'
+    ):
+        kernel_images(120)
+
+
+def test_what_triton_compiles_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = []
+
+    def compile_one(arch: int, directory: Path) -> None:
+        directory.mkdir()
+        write(directory)
+        compiled.append(arch)
+
+    monkeypatch.setattr(gpu_kernels, "_compile", compile_one)
+    with caplog.at_level(logging.WARNING, "gemma2_fast"):
+        assert len(kernel_images(90)) == len(kernel_images(90)) == 1
+    assert compiled == [90]
+    assert len(caplog.records) == 1
+    (kept,) = (tmp_path / "cache/gemma2_fast/kernels").iterdir()
+    assert kept.name.startswith("sm_90-triton-")
+
+
+def test_another_kernel_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gpu_kernels._digest()
+    monkeypatch.setattr(gpu_kernels, "SOURCES", tmp_path)
+    (tmp_path / "kernel.py").write_text("1")
+    changed = gpu_kernels._digest()
+    (tmp_path / "kernel.py").write_text("2")
+    assert len({before, changed, gpu_kernels._digest()}) == 3
+
+
+def test_a_compilation_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="compiling GPU kernels for sm_70 failed: .*unknown 70"):
+        kernel_images(70)
+    assert list((tmp_path / "cache/gemma2_fast/kernels").iterdir()) == []
