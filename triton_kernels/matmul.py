@@ -15,6 +15,7 @@ import triton.language as tl
 
 from gemma2_fast.triton_kernels.numerics import gelu_tanh
 from gemma2_fast.triton_kernels.specialisation import Specialisation
+from gemma2_fast.triton_kernels.tile_product import tile_product
 from gemma2_fast.triton_kernels.tuning import tuned
 from gemma2_fast.triton_kernels.weight_formats import (
     BF16,
@@ -66,42 +67,16 @@ def _one_token(
 
 
 @triton.jit
-def _several_tokens(
-    x_rows, present, weight, scales, row, rows, cols,
-    FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """[TOKENS, ROWS] float32, on the matrix units."""
-    tl.static_assert(FORMAT == BF16 or COLS == GROUP, "a block of columns must be a group")
-    columns = tl.arange(0, COLS)
-    places = weight + row.to(tl.int64)[:, None] * cols + columns[None, :]
-    scale_places = scales + row.to(tl.int64) * tl.cdiv(cols, GROUP)
-    sums = tl.zeros([TOKENS, ROWS], tl.float32)
-    for begin in range(0, cols, COLS):
-        column = begin + columns
-        inside = (row[:, None] < rows) & (column[None, :] < cols)
-        weights = tl.load(places + begin, mask=inside, other=0.0, eviction_policy="evict_first")
-        values = tl.load(
-            x_rows[:, None] + column[None, :], mask=present[:, None] & (column[None, :] < cols), other=0.0,
-            eviction_policy="evict_last",
-        )  # fmt: skip
-        products = tl.dot(values, tl.trans(weights.to(values.dtype)))
-        if FORMAT == INT8:
-            scale = tl.load(scale_places + begin // GROUP, mask=row < rows, other=0.0).to(tl.float32)
-            products *= scale[None, :]
-        sums += products
-    return sums
-
-
-@triton.jit
 def _sums(
     x_rows, present, weight, scales, row, rows, cols,
     FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """[ROWS, TOKENS] float32."""
     if TOKENS == 1:
-        sums = _one_token(x_rows, weight, scales, row, rows, cols, FORMAT, ROWS, COLS, GROUP)[None, :]
+        sums = _one_token(x_rows, weight, scales, row, rows, cols, FORMAT, ROWS, COLS, GROUP)[:, None]
     else:
-        sums = _several_tokens(
-            x_rows, present, weight, scales, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP
+        sums = tile_product(
+            x_rows, present, weight, scales, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP, True
         )  # fmt: skip
     return sums
 
@@ -135,8 +110,8 @@ def matmul_kernel(
     if GEGLU:
         up = _sums(x_rows, present, weight, scales, rows + row, 2 * rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP)
         values = gelu_tanh(values) * up
-    places = out + token.to(tl.int64)[:, None] * rows + row[None, :]
-    tl.store(places, values.to(out.dtype.element_ty), mask=present[:, None] & (row < rows)[None, :])
+    places = out + token.to(tl.int64)[None, :] * rows + row[:, None]
+    tl.store(places, values.to(out.dtype.element_ty), mask=present[None, :] & (row < rows)[:, None])
 
 
 def matmul(

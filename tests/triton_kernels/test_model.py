@@ -22,6 +22,7 @@ from gemma2_fast.triton_kernels.attention_prefill import attention_prefill, pref
 from gemma2_fast.triton_kernels.embed import embed
 from gemma2_fast.triton_kernels.geglu import geglu
 from gemma2_fast.triton_kernels.matmul import matmul
+from gemma2_fast.triton_kernels.matmul_tiled import matmul_tiled
 from gemma2_fast.triton_kernels.rms_norm import rms_norm, rms_norm_add
 from gemma2_fast.triton_kernels.rope import rope
 from tests.support.tiny_models import TinyModel, tiny_model
@@ -60,15 +61,17 @@ class KernelModel:
         return out
 
     def product(self, x: torch.Tensor, name: str, gated: bool = False) -> torch.Tensor:
-        """Up to sixteen tokens by the kernel; more, as in a prefill, by a library and the activation's own kernel."""
+        """Up to sixteen tokens at once with the activation; of more, as in a prefill, it has its own kernel."""
         weight = self.weights[name]
         out = torch.full((len(x), len(weight) // (1 + gated)), torch.nan)
         if len(x) <= 16:
             matmul(x, weight, out, geglu=gated, **BLOCKS)
-        elif gated:
-            geglu(x @ weight.T, out, block=64)
-        else:
-            out = x @ weight.T
+            return out
+        whole = torch.full((len(x), len(weight)), torch.nan)
+        matmul_tiled(x, weight, whole, tile_tokens=16, tile_rows=32, cols=64)
+        if not gated:
+            return whole
+        geglu(whole, out, block=64)
         return out
 
     def step(self, token_ids: Sequence[int]) -> np.ndarray:

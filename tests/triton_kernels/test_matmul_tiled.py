@@ -1,0 +1,69 @@
+"""Products of many tokens, in Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gemma2_fast.triton_kernels import matmul_tiled as kernel
+from tests.ops import plain
+from tests.ops.plain import Floats
+from tests.support.closeness import assert_close, assert_rejected
+
+SMALL = {"tile_tokens": 16, "tile_rows": 32, "cols": 64}
+
+
+def matmul(x: Floats, weight: Any, scales: Floats | None = None, **tile: int) -> Floats:
+    out = torch.full((len(x), len(weight)), torch.nan)
+    given = None if scales is None else torch.from_numpy(scales)
+    kernel.matmul_tiled(torch.from_numpy(x), torch.from_numpy(weight), out, given, **tile)
+    return out.numpy()
+
+
+def product(x: Floats, weight: Floats) -> Floats:
+    return x @ weight.T
+
+
+def draw(*shape: int) -> Floats:
+    return np.random.default_rng(shape).standard_normal(shape, np.float32)
+
+
+def test_by_hand() -> None:
+    """Row r of the matrix is one at column r: out is x, whatever tile it lies in."""
+    x = np.arange(20 * 40, dtype=np.float32).reshape(20, 40)
+    np.testing.assert_array_equal(matmul(x, np.eye(40, dtype=np.float32), **SMALL), x)
+    scales = np.arange(1, 41, dtype=np.float32)[:, None]
+    ours = matmul(x, np.eye(40, dtype=np.int8), scales, **{**SMALL, "cols": 128})
+    np.testing.assert_array_equal(ours, x * np.arange(1, 41, dtype=np.float32))
+
+
+@pytest.mark.parametrize("tokens", [17, 32, 150])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (32, 64), (33, 65), (70, 200)])
+def test_shapes(tokens: int, rows: int, cols: int) -> None:
+    """Tiles of 16 tokens, 32 rows and 64 columns: one more, as many, and ten tiles of tokens, of which eight are
+    neighbours."""
+    x, weight = draw(tokens, cols), draw(rows, cols)
+    exact, usual = plain.exact_and_plain(product, x, weight)
+    assert_close("matmul triton", matmul(x, weight, **SMALL), exact, usual)
+
+
+@pytest.mark.parametrize("cols", [128, 200, 384])
+def test_int8(cols: int) -> None:
+    rng = np.random.default_rng(cols)
+    codes = rng.integers(-127, 128, (40, cols)).astype(np.int8)
+    scales = rng.uniform(0.01, 0.02, (len(codes), -(-cols // 128))).astype(np.float32)
+    weight = codes * np.repeat(scales, 128, axis=1)[:, :cols]
+    x = draw(20, cols)
+    exact, usual = plain.exact_and_plain(product, x, weight)
+    assert_close("matmul triton", matmul(x, codes, scales, **{**SMALL, "cols": 128}), exact, usual)
+    for axis in (0, 1) if scales.shape[1] > 1 else (0,):
+        wrong_group = codes * np.repeat(np.roll(scales, 1, axis), 128, axis=1)[:, :cols]
+        assert_rejected("matmul triton", product(x, wrong_group), exact, usual)
+
+
+def test_a_token_does_not_feel_the_others() -> None:
+    x, weight = draw(50, 150), draw(33, 150)
+    np.testing.assert_array_equal(matmul(x[:20], weight, **SMALL), matmul(x, weight, **SMALL)[:20])
