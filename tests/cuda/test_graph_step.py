@@ -50,10 +50,14 @@ def reference(model: TinyModel, token_ids: list[int], dtype: torch.dtype) -> Flo
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
 def test_logits_are_those_of_the_reference(family: str, driver_library: Path, tmp_path: Path) -> None:
-    """A prompt in chunks, past the window of nine keys by more than a page of sixteen; both round to bfloat16."""
+    """A prompt in chunks of many tokens and of few, past the window of nine keys by more than a page of sixteen; both
+    round to bfloat16."""
     model, prompt = small_model(family, tmp_path), ids(43)
-    with gpu_loop(model, driver_library)[1] as loop:
+    gpu, loop = gpu_loop(model, driver_library, max_step_tokens=32)
+    with loop:
         ours = loop.logits(prompt)
+    run = {gpu.specialisations[launch.symbol].op for launch in gpu.launches}
+    assert {"matmul", "matmul_tiled", "geglu", "attention_prefill"} <= run
     exact = reference(model, prompt, torch.float64)
     usual = np.abs(reference(model, prompt, torch.bfloat16) - exact)
     assert np.abs(ours - exact).max() <= 1.2 * usual.max()
