@@ -192,9 +192,8 @@ def _recurrent_gemma(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
         raise ConfigError("config.json: embeddings_scale_by_sqrt_dim is false, but every RecurrentGemma scales by it")
     heads, head_dim = _count(config, "num_attention_heads"), _count(config, "head_dim")
     parameters = config.get("rope_parameters")
-    newer = isinstance(parameters, Mapping) and "partial_rotary_factor" in parameters
-    share = _number(parameters if newer else config, "partial_rotary_factor")
-    rope = _rope(config, parameters, "rope_theta", rotated=share)
+    newer = parameters if isinstance(parameters, Mapping) else {}
+    rope = _rope(config, parameters, "rope_theta", rotated=_number({**config, **newer}, "partial_rotary_factor"))
     mlp_width = _count(config, "intermediate_size")
     if mlp_width % 2:
         raise ConfigError(f"config.json: intermediate_size counts both branches and must be even, got {mlp_width}")
