@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gemma2_fast import _core
 from gemma2_fast.description import Description
 from gemma2_fast.engine.engine import start_engine
-from gemma2_fast.engine.options import EngineOptions, EnginePlan, free_memory_bytes, plan_engine, why_not_runnable
+from gemma2_fast.engine.options import EngineOptions, EnginePlan, free_memory_bytes, plan_engine
 from gemma2_fast.errors import (
     BackendError,
     CapacityError,
@@ -101,7 +101,8 @@ class Generator:
         quantization: None (as stored) | "int8" | "int4", made of unquantised weights while they are loaded.
         activations: "auto" ("int8" for products with quantised weights on the CPU) | "float32" | "int8".
         kv_dtype: "auto" (follows dtype, bfloat16 for "int8" and "int4" weights) | "float32" | "bfloat16" | "int8".
-        max_seq_len: tokens a sequence may reach, the model's own limit by default.
+        max_seq_len: tokens a sequence may reach, the model's own limit by default; more only where no layer sees
+        every token.
         max_batch_size: sequences that run at once. max_step_tokens: tokens one step computes, 512 by default.
         kv_cache_gib: memory for keys and values, half of what is free at most by default.
         num_threads: all processors by default. sliding_window: keys a windowed layer sees, as trained by default.
@@ -125,9 +126,6 @@ class Generator:
             instruction_set=instruction_set,
         )
         checkpoint = _open(model, revision, token, cache_dir, local_files_only, progress)
-        problem = why_not_runnable(checkpoint.spec)
-        if problem is not None:
-            raise BackendError(problem)
         plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, options)
         if plan.quantization is None:
             prefault(checkpoint.weights, progress)
@@ -143,7 +141,7 @@ class Generator:
             plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, engine_options)
         except (BackendError, CapacityError) as error:
             return Description(checkpoint, None, str(error))
-        return Description(checkpoint, plan, why_not_runnable(plan.spec))
+        return Description(checkpoint, plan, None)
 
     @property
     def spec(self) -> ModelSpec:

@@ -11,7 +11,7 @@ from typing import Any
 from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
 from gemma2_fast.errors import BackendError, CapacityError, RequestError
-from gemma2_fast.spec import ModelSpec, RecurrentSpec
+from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.manifest import manifest
 from gemma2_fast.weights.quantize import QUANTIZATIONS, UNQUANTIZED, quantized_format, stored_quantization
 
@@ -112,7 +112,9 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     spec = spec.with_window(options.sliding_window)
     max_seq_len = options.max_seq_len or spec.max_positions
     if max_seq_len > spec.max_positions:
-        raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
+        if not spec.forgets:
+            raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
+        log.warning("max_seq_len %d is beyond the %d tokens of the model's training", max_seq_len, spec.max_positions)
     step_tokens = options.max_step_tokens or DEFAULT_STEP_TOKENS
     step_tokens = min(step_tokens, max_seq_len * options.max_batch_size)
     cache = _plan_cache(spec, options, kv_dtype, max_seq_len, step_tokens, _quantized_bytes(spec, quantization))
@@ -163,13 +165,6 @@ def _quantized_bytes(spec: ModelSpec, quantization: str | None) -> int:
         return 0
     formats = {name: (quantized_format(name, shape, quantization), shape) for name, shape in manifest(spec).items()}
     return sum(target.num_bytes(shape) for target, shape in formats.values() if target is not None)
-
-
-def why_not_runnable(spec: ModelSpec) -> str | None:
-    """Why no backend can run the model, if so."""
-    if any(isinstance(layer.mixer, RecurrentSpec) for layer in spec.layers):
-        return f"{spec.family} has recurrent layers, which no backend can run yet"
-    return None
 
 
 def _plan_cache(
