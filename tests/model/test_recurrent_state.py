@@ -15,6 +15,7 @@ from gemma2_fast import Generator, _core
 from gemma2_fast.engine.engine import core_cache_plan, cpu_step
 from gemma2_fast.engine.options import EngineOptions, plan_engine
 from gemma2_fast.errors import Gemma2FastError, RequestError
+from gemma2_fast.quant import FORMATS
 from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.quantize import quantize_weights
 from gemma2_fast.weights.tensor import Tensor
@@ -91,6 +92,19 @@ def test_recurrent_layers_alone() -> None:
             found.append([gen.logits(prompt(50)), gen.logits(prompt(1))])
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+def test_biases_are_not_rounded_with_the_matrices(tmp_path: Path) -> None:
+    """dtype="bfloat16" converts a float32 checkpoint's weights; the gates' biases have two dimensions, but are none."""
+    tiny = tiny_model("recurrent_gemma", tmp_path)
+    rounded = {
+        name: tensor
+        if len(tensor.shape) < 2 or name.endswith("_bias")
+        else Tensor.from_float32(tensor.to_float32(), FORMATS["BF16"])
+        for name, tensor in tiny.weights.items()
+    }
+    with Generator.from_pretrained(tmp_path, dtype="bfloat16") as gen, generator(tiny.spec, rounded) as expected:
+        assert np.array_equal(gen.logits(prompt(30)), expected.logits(prompt(30)))
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -138,7 +138,7 @@ def _all_converted(weights: Weights, format_name: str, progress: bool) -> Weight
     converted = {}
     with byte_bar("converting", weights, progress) as bar:
         for name, tensor in weights.items():
-            converted[name] = _converted(tensor, format_name)
+            converted[name] = tensor if name.endswith("_bias") else _converted(tensor, format_name)
             bar.update(tensor.num_bytes)
     return converted
 
