@@ -72,24 +72,25 @@ void bind_model(py::module_& module) {
     py::class_<AttentionSpec>(module, "AttentionSpec")
         .def(py::init([](int64_t num_query_heads, int64_t num_kv_heads, int64_t head_dim, float query_scale,
                          std::optional<float> score_softcap, std::optional<int64_t> window_keys, bool qk_norm,
-                         std::vector<float> inverse_frequencies) {
-                 return AttentionSpec{num_query_heads, num_kv_heads, head_dim, query_scale,
-                                      score_softcap,   window_keys,  qk_norm,  {std::move(inverse_frequencies)}};
+                         bool output_bias, std::vector<float> inverse_frequencies) {
+                 return AttentionSpec{num_query_heads, num_kv_heads,  head_dim,
+                                      query_scale,     score_softcap, window_keys,
+                                      qk_norm,         output_bias,   {std::move(inverse_frequencies)}};
              }),
              py::kw_only(), py::arg("num_query_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
              py::arg("query_scale"), py::arg("score_softcap"), py::arg("window_keys"), py::arg("qk_norm"),
-             py::arg("inverse_frequencies"));
+             py::arg("output_bias"), py::arg("inverse_frequencies"));
     py::class_<RecurrentSpec>(module, "RecurrentSpec")
         .def(py::init([](int64_t width, int64_t num_gate_blocks, int64_t conv_width) {
                  return RecurrentSpec{width, num_gate_blocks, conv_width};
              }),
              py::kw_only(), py::arg("width"), py::arg("num_gate_blocks"), py::arg("conv_width"));
     py::class_<LayerSpec>(module, "LayerSpec")
-        .def(py::init([](std::variant<AttentionSpec, RecurrentSpec> mixer, int64_t mlp_width, bool norm_after_mixer,
-                         bool norm_after_mlp) {
-                 return LayerSpec{std::move(mixer), mlp_width, norm_after_mixer, norm_after_mlp};
+        .def(py::init([](std::variant<AttentionSpec, RecurrentSpec> mixer, int64_t mlp_width, bool mlp_bias,
+                         bool norm_after_mixer, bool norm_after_mlp) {
+                 return LayerSpec{std::move(mixer), mlp_width, mlp_bias, norm_after_mixer, norm_after_mlp};
              }),
-             py::kw_only(), py::arg("mixer"), py::arg("mlp_width"), py::arg("norm_after_mixer"),
+             py::kw_only(), py::arg("mixer"), py::arg("mlp_width"), py::arg("mlp_bias"), py::arg("norm_after_mixer"),
              py::arg("norm_after_mlp"));
     py::class_<ModelSpec>(module, "ModelSpec")
         .def(py::init([](int64_t model_width, int64_t vocab_size, float embedding_scale, float norm_epsilon,
@@ -115,7 +116,7 @@ void bind_model(py::module_& module) {
             py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("plan"), py::arg("activations"),
             py::arg("kv_dtype"), py::arg("instruction_set"), py::arg("num_threads"), py::arg("max_step_tokens"),
             py::arg("max_logits_rows"))
-        .def("poison_cache", &CpuStep::poison_cache, "Fills every cache page with NaN, for tests.");
+        .def("poison_cache", &CpuStep::poison_cache, "Fills every cache page and state with NaN, for tests.");
 }
 
 }  // namespace gemma2_fast

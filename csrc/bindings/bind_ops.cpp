@@ -13,43 +13,20 @@
 #include "base/aligned_buffer.h"
 #include "base/errors.h"
 #include "base/thread_pool.h"
+#include "bindings/arrays.h"
 #include "bindings/bindings.h"
 #include "cpu/attention_run.h"
 #include "cpu/ceilings.h"
 #include "cpu/kernels.h"
 #include "cpu/quantized_buffer.h"
 
-namespace py = pybind11;
-
 namespace gemma2_fast {
 namespace {
 
-using Floats = py::array_t<float, py::array::c_style>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Ints = py::array_t<int32_t, py::array::c_style>;
 
 constexpr int64_t kRowsPerTask = 64;  // weight rows of a matmul claimed at once, as in cpu/cpu_step.cpp
-
-std::string shape_text(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
-
-void require(bool met, const std::string& what, const std::string& expected, const std::string& actual) {
-    if (!met) throw RequestError(what + ": expected " + expected + ", got " + actual);
-}
-
-void require_shape(const py::array& array, const char* name, const std::vector<int64_t>& shape) {
-    bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
-    std::string expected;
-    for (std::size_t i = 0; i < shape.size(); ++i) {
-        same = same && array.shape(static_cast<py::ssize_t>(i)) == shape[i];
-        expected += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-    }
-    require(same, name, "shape (" + expected + ")", shape_text(array));
-}
-
-void require_dims(const py::array& array, const char* name, int dims) {
-    require(array.ndim() == dims && array.size() > 0, name,
-            "a non-empty array of " + std::to_string(dims) + " dimensions", "shape " + shape_text(array));
-}
 
 // A view of stored bytes; they may be unaligned, and must be exactly `rows` whole rows.
 WeightView view_of(const std::string& format_name, const Bytes& data, int64_t rows, int64_t cols) {
@@ -61,12 +38,6 @@ WeightView view_of(const std::string& format_name, const Bytes& data, int64_t ro
     require(data.nbytes() == view.num_bytes(), "weight data", std::to_string(view.num_bytes()) + " bytes",
             std::to_string(data.nbytes()));
     return view;
-}
-
-Floats copy_of(const Floats& array) {
-    Floats copy(std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()));
-    std::copy_n(array.data(), array.size(), copy.mutable_data());
-    return copy;
 }
 
 // pages: float32, uint16 that holds bfloat16, or uint8 that holds int8 pages; [N, K, a page in any shape].

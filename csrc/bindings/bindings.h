@@ -8,6 +8,7 @@ namespace gemma2_fast {
 void bind_errors(pybind11::module_& module);
 void bind_machine(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
+void bind_recurrent_ops(pybind11::module_& module);
 void bind_quantize(pybind11::module_& module);  // ThreadPool must be bound
 void bind_runtime(pybind11::module_& module);
 void bind_model(pybind11::module_& module);

@@ -9,6 +9,7 @@ PYBIND11_MODULE(_core, module) {
     gemma2_fast::bind_errors(module);
     gemma2_fast::bind_machine(module);
     gemma2_fast::bind_ops(module);
+    gemma2_fast::bind_recurrent_ops(module);
     gemma2_fast::bind_quantize(module);
     gemma2_fast::bind_runtime(module);
     gemma2_fast::bind_model(module);

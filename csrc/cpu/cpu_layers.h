@@ -1,6 +1,7 @@
 #pragma once
 
 #include <optional>
+#include <variant>
 #include <vector>
 
 #include "base/aligned_buffer.h"
@@ -22,9 +23,26 @@ struct CpuAttention {
     CachePlace place;
 };
 
+// A gate of a recurrent layer: a matrix of diagonal blocks.
+struct Gate {
+    AlignedBuffer<std::byte> bytes;  // the stored elements, each block turned to [out, in]
+    WeightView blocks;               // of them: [R, R / num_gate_blocks]
+    AlignedBuffer<float> bias;       // [R]
+};
+
+struct CpuRecurrent {
+    RecurrentSpec spec;
+    Matrix linear_x, linear_y, linear_out;
+    AlignedBuffer<float> conv_weights;  // [taps, R]
+    AlignedBuffer<float> conv_bias;     // [R]
+    Gate input_gate, recurrence_gate;
+    AlignedBuffer<float> log_decay;  // [R], -8 softplus(decay)
+    int64_t group_layer = 0;         // this layer's place in CachePlan::recurrent
+};
+
 struct CpuLayer {
     Gain gain_before_mixer;
-    CpuAttention attention;
+    std::variant<CpuAttention, CpuRecurrent> mixer;
     std::optional<Gain> gain_after_mixer;
     Gain gain_before_mlp;
     int64_t mlp_width = 0;
@@ -32,8 +50,11 @@ struct CpuLayer {
     std::optional<Gain> gain_after_mlp;
 };
 
+// All of a layer's matrices but `down`: what multiplies rows of the model, of the heads or of the recurrence.
+std::vector<const Matrix*> input_matrices(const CpuLayer& layer);
+
 // A model prepared for the CPU: weights looked up and checked once, norms folded to 1 + w, layers joined to their cache
-// group. Throws BackendError for a mixer that has no CPU implementation.
+// group.
 struct CpuModel {
     CpuModel(const ModelSpec& spec, ModelWeights weights, const CachePlan& plan, const Kernels& kernels,
              Activations activations, ThreadPool& threads);

@@ -41,32 +41,41 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
         throw CapacityError("max_step_tokens and max_logits_rows must lie between 1 and 2^31 - 1, got " +
                             std::to_string(options.max_step_tokens) + " and " +
                             std::to_string(options.max_logits_rows));
-    int64_t query_width = 0, kv_width = 0, mlp_width = 0, kv_heads = 0;
+    int64_t query_width = 0, kv_width = 0, mlp_width = 0, kv_heads = 0, recurrent_width = 0, gate_block_width = 0;
     int64_t attention_scratch = 0, attention_parts = 0;
     int64_t tokens = options.max_step_tokens, input_rows = std::max(tokens, options.max_logits_rows);
     bool quantizes_hidden = false, plain_hidden = false;
     quantizes_ = model_.embedding.strips.has_value();
     scratch_floats_ =
         std::max(kernels_.matmul_scratch_floats(spec.model_width), kernels_.int8_matmul_scratch_floats(input_rows));
-    for (const CpuLayer& layer : model_.layers) {
-        const AttentionSpec& attention = layer.attention.spec;
-        int64_t layer_query_width = attention.num_query_heads * attention.head_dim;
+    const auto measure_attention = [&](const CpuAttention& layer) {
+        const AttentionSpec& attention = layer.spec;
         int64_t group_heads = attention.num_query_heads / attention.num_kv_heads;
-        query_width = std::max(query_width, layer_query_width);
+        query_width = std::max(query_width, attention.num_query_heads * attention.head_dim);
         kv_width = std::max(kv_width, attention.num_kv_heads * attention.head_dim);
-        mlp_width = std::max(mlp_width, layer.mlp_width);
         kv_heads = std::max(kv_heads, attention.num_kv_heads);
         attention_scratch =
             std::max(attention_scratch, kernels_.attention_scratch_floats(group_heads, attention.head_dim));
-        const int64_t keys = plan.paged[layer.attention.place.group_index].table_width * kPageTokens;
+        const int64_t keys = plan.paged[layer.place.group_index].table_width * kPageTokens;
         attention_parts =
             std::max(attention_parts, AttentionRun::part_floats(kernels_, group_heads, attention.head_dim, keys));
-        for (const Matrix* matrix : {&layer.attention.query, &layer.attention.key, &layer.attention.value,
-                                     &layer.attention.output, &layer.gate, &layer.up})
-            quantizes_ = quantizes_ || matrix->strips;
+    };
+    const auto measure_recurrent = [&](const CpuRecurrent& layer) {
+        recurrent_width = std::max(recurrent_width, layer.spec.width);
+        gate_block_width = std::max(gate_block_width, layer.spec.width / layer.spec.num_gate_blocks);
+    };
+    for (const CpuLayer& layer : model_.layers) {
+        mlp_width = std::max(mlp_width, layer.mlp_width);
         (layer.down.strips ? quantizes_hidden : plain_hidden) = true;
-        scratch_floats_ = std::max({scratch_floats_, kernels_.matmul_scratch_floats(layer_query_width),
-                                    kernels_.matmul_scratch_floats(layer.mlp_width)});
+        for (const Matrix* matrix : input_matrices(layer)) {
+            quantizes_ = quantizes_ || matrix->strips;
+            scratch_floats_ = std::max(scratch_floats_, kernels_.matmul_scratch_floats(matrix->stored.cols));
+        }
+        scratch_floats_ = std::max(scratch_floats_, kernels_.matmul_scratch_floats(layer.mlp_width));
+        if (const auto* attention = std::get_if<CpuAttention>(&layer.mixer))
+            measure_attention(*attention);
+        else
+            measure_recurrent(std::get<CpuRecurrent>(layer.mixer));
     }
     matmul_scratch_floats_ = divide_up(scratch_floats_, 16) * 16;
     // The MLP keeps its gate and up rows behind the matmul's own scratch.
@@ -89,7 +98,8 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
         values_ = rows(tokens, kv_width);
         attention_ = rows(tokens, query_width);
         if (plain_hidden) hidden_ = rows(tokens, mlp_width);
-        if (quantizes_) quantized_ = QuantizedBuffer(input_rows, std::max(spec.model_width, query_width));
+        if (quantizes_)
+            quantized_ = QuantizedBuffer(input_rows, std::max({spec.model_width, query_width, recurrent_width}));
         if (quantizes_hidden) quantized_hidden_ = QuantizedBuffer(tokens, mlp_width);
         for (const RopeSpec& rope : model_.ropes) {
             cos_.push_back(rows(tokens, static_cast<int64_t>(rope.inverse_frequencies.size())));
@@ -98,6 +108,8 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
         scratch_ = rows(threads_.num_threads(), scratch_floats_);
         tasks_.reserve(static_cast<std::size_t>(tokens * kv_heads));
         attention_run_.emplace(kernels_, threads_.num_threads(), tokens * kv_heads, attention_parts, attention_scratch);
+        if (recurrent_width > 0)
+            recurrent_mixer_.emplace(kernels_, *plan.recurrent, gate_block_width, threads_.num_threads(), tokens);
     } catch (const std::bad_alloc&) {
         throw CapacityError(
             "not enough memory for the cache and one step's activations; lower max_seq_len, max_batch_size or "
@@ -108,6 +120,7 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
 void CpuStep::run(const StepBatch& batch, std::span<float> logits) {
     check_batch(batch, plan_, {options_.max_step_tokens, options_.max_logits_rows, model_.spec.vocab_size},
                 static_cast<int64_t>(logits.size()));
+    if (recurrent_mixer_) recurrent_mixer_->check(batch);
     embed(batch);
     compute_rope_tables(batch);
     for (const CpuLayer& layer : model_.layers) {
@@ -120,6 +133,7 @@ void CpuStep::run(const StepBatch& batch, std::span<float> logits) {
 void CpuStep::poison_cache() {
     for (AlignedBuffer<std::byte>& pages : cache_)
         std::memset(pages.data(), 0xff, pages.size());  // all ones is a NaN as an element and as a scale
+    if (recurrent_mixer_) recurrent_mixer_->poison();
 }
 
 void CpuStep::embed(const StepBatch& batch) {
@@ -149,15 +163,24 @@ void CpuStep::compute_rope_tables(const StepBatch& batch) {
 }
 
 void CpuStep::mix(const CpuLayer& layer, const StepBatch& batch) {
-    const CpuAttention& attention = layer.attention;
-    int64_t num_tokens = batch.num_tokens();
-    matmul(normalized(layer.gain_before_mixer, num_tokens),
+    const Input input = normalized(layer.gain_before_mixer, batch.num_tokens());
+    std::visit([&](const auto& mixer) { mix(mixer, input, batch); }, layer.mixer);
+    add_branch(layer.gain_after_mixer, batch.num_tokens());
+}
+
+void CpuStep::mix(const CpuAttention& attention, const Input& input, const StepBatch& batch) {
+    matmul(input,
            {{attention.query, queries_.data()}, {attention.key, keys_.data()}, {attention.value, values_.data()}});
     rotate_and_store(attention, batch);
     attend(attention, batch);
-    matmul(quantized(attention_.data(), attention.output.stored.cols, num_tokens),
+    matmul(quantized(attention_.data(), attention.output.stored.cols, batch.num_tokens()),
            {{attention.output, branch_.data()}});
-    add_branch(layer.gain_after_mixer, num_tokens);
+}
+
+void CpuStep::mix(const CpuRecurrent& recurrent, const Input& input, const StepBatch& batch) {
+    matmul(input, {{recurrent.linear_x, recurrent_mixer_->inputs()}, {recurrent.linear_y, recurrent_mixer_->gates()}});
+    const float* rows = recurrent_mixer_->run(recurrent, batch, threads_);
+    matmul(quantized(rows, recurrent.spec.width, batch.num_tokens()), {{recurrent.linear_out, branch_.data()}});
 }
 
 // Gate, up, GELU and the quantisation of what comes out are one region: a task makes one group of hidden columns.
@@ -273,14 +296,16 @@ void CpuStep::matmul(const Input& input, std::initializer_list<MatmulJob> jobs) 
 
 void CpuStep::matmul_strips(const Matrix& weight, int64_t first_strip, int64_t num_strips, const Input& input,
                             float* out, int64_t out_stride, int thread_index) {
-    if (weight.strips) {
+    const int64_t first = first_strip * kStripRows, end = std::min(first + num_strips * kStripRows, weight.rows());
+    if (weight.strips)
         kernels_.int8_matmul(*weight.strips, first_strip, num_strips, input.quantized, input.num_tokens, out,
                              out_stride, scratch(thread_index));
-        return;
-    }
-    const int64_t first = first_strip * kStripRows, end = std::min(first + num_strips * kStripRows, weight.rows());
-    kernels_.matmul(weight.stored, first, end, input.rows, input.num_tokens, out - first, out_stride,
-                    scratch(thread_index));
+    else
+        kernels_.matmul(weight.stored, first, end, input.rows, input.num_tokens, out - first, out_stride,
+                        scratch(thread_index));
+    if (weight.bias)
+        for (int64_t t = 0; t < input.num_tokens; ++t)
+            kernels_.add(weight.bias->data() + first, end - first, out + t * out_stride);
 }
 
 void CpuStep::add_branch(const std::optional<Gain>& gain, int64_t num_tokens) {

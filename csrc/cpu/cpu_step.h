@@ -11,12 +11,13 @@
 #include "cpu/cpu_layers.h"
 #include "cpu/kernels.h"
 #include "cpu/quantized_buffer.h"
+#include "cpu/recurrent_mixer.h"
 #include "runtime/cache_plan.h"
 #include "runtime/model_step.h"
 
 namespace gemma2_fast {
 
-// Runs a model on the CPU: owns the cache pages and the activations of one step, all allocated up front.
+// Runs a model on the CPU: owns the cache and the activations of one step, all allocated up front.
 class CpuStep final : public ModelStep {
   public:
     struct Options {
@@ -32,7 +33,7 @@ class CpuStep final : public ModelStep {
 
     void run(const StepBatch& batch, std::span<float> logits) override;
 
-    // Fills every page with NaN, so that a read of a slot nobody wrote shows in the logits.
+    // Fills every page and state with NaN, so that a read of what nobody wrote shows in the logits.
     void poison_cache();
 
   private:
@@ -50,6 +51,8 @@ class CpuStep final : public ModelStep {
     void embed(const StepBatch& batch);
     void compute_rope_tables(const StepBatch& batch);
     void mix(const CpuLayer& layer, const StepBatch& batch);
+    void mix(const CpuAttention& attention, const Input& input, const StepBatch& batch);
+    void mix(const CpuRecurrent& recurrent, const Input& input, const StepBatch& batch);
     void rotate_and_store(const CpuAttention& attention, const StepBatch& batch);
     void attend(const CpuAttention& attention, const StepBatch& batch);
     void mlp(const CpuLayer& layer, int64_t num_tokens);
@@ -78,10 +81,11 @@ class CpuStep final : public ModelStep {
     AlignedBuffer<float> residual_, normed_, branch_;           // [T, E]
     AlignedBuffer<float> queries_, keys_, values_, attention_;  // [T, Q], [T, KV], [T, KV], [T, Q]
     AlignedBuffer<float> hidden_;                               // [T, F], for a down matrix that is not quantised
-    QuantizedBuffer quantized_, quantized_hidden_;              // [T, max(E, Q)], [T, F]
+    QuantizedBuffer quantized_, quantized_hidden_;              // [T, max(E, Q, R)], [T, F]
     std::vector<AlignedBuffer<float>> cos_, sin_;               // per rope: [T, pairs]
     std::vector<AttentionTask> tasks_;
     std::optional<AttentionRun> attention_run_;
+    std::optional<RecurrentMixer> recurrent_mixer_;
     bool quantizes_ = false;  // some matrix wants int8 activations
     int64_t matmul_scratch_floats_ = 0, scratch_floats_ = 0;
     AlignedBuffer<float> scratch_;  // [threads, scratch_floats]

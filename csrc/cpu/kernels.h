@@ -44,6 +44,38 @@ struct AttentionTask {
     std::optional<int64_t> window_keys;  // query included
 };
 
+// Consecutive tokens of one sequence through a depthwise causal convolution of num_taps taps.
+struct Conv1dTask {
+    const float* x = nullptr;  // [num_tokens, num_channels], rows x_stride floats apart
+    int64_t x_stride = 0;
+    float* tail = nullptr;  // [num_taps - 1, num_channels], the inputs before x; becomes those before the next token
+    int64_t tail_stride = 0;
+    const float* weights = nullptr;  // [num_taps, num_channels]; the last tap meets the token itself
+    int64_t weights_stride = 0;
+    const float* bias = nullptr;  // [num_channels]
+    int64_t num_taps = 0;
+    int64_t num_tokens = 0;
+    int64_t num_channels = 0;
+    float* out = nullptr;
+    int64_t out_stride = 0;
+};
+
+// Consecutive tokens of one sequence through a real-gated linear recurrence. All rows are [num_tokens, num_channels].
+struct RgLruTask {
+    const float* x = nullptr;
+    int64_t x_stride = 0;
+    const float* input_gate = nullptr;  // both gates before their sigmoids
+    const float* recurrence_gate = nullptr;
+    int64_t gate_stride = 0;
+    const float* log_decay = nullptr;  // [num_channels], log a where the gate is open: -8 softplus(decay)
+    float* state = nullptr;            // [num_channels], the row before x; becomes the last row
+    bool starts = false;               // x begins a sequence: its first row is not damped, and nothing is carried over
+    int64_t num_tokens = 0;
+    int64_t num_channels = 0;
+    float* out = nullptr;
+    int64_t out_stride = 0;
+};
+
 inline constexpr int64_t kQuantizedCols = 128;  // columns that share an activation scale
 // token_stride is the number of tokens; beyond so many, the next multiple of kQuantizedTokens, which tiles read whole.
 inline constexpr int64_t kMostUnpaddedTokens = 8;
@@ -114,6 +146,11 @@ struct Kernels {
     // x: [T, num_heads, head_dim]; cos, sin: [T, num_pairs].
     void (*rope)(float* x, const float* cos, const float* sin, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
                  int64_t num_pairs);
+
+    // out[t] = bias + sum_i weights[i] * x[t + i - (num_taps - 1)]
+    void (*conv1d)(const Conv1dTask& task);
+    // out[t] = a out[t - 1] + sqrt(1 - a^2) sigmoid(input_gate[t]) x[t], a = exp(log_decay sigmoid(recurrence_gate[t]))
+    void (*rg_lru)(const RgLruTask& task);
 
     // Stores one token's keys and values, each [num_kv_heads, D], in slot_in_page of page block_index.
     void (*write_kv)(const KvPages& pages, int64_t block_index, int64_t slot_in_page, const float* keys,

@@ -16,7 +16,8 @@ enum class Activations { kF32, kInt8 };
 struct Matrix {
     WeightView stored;
     std::optional<StripView> strips;
-    AlignedBuffer<std::byte> own_strips;  // what `strips` shows, unless the checkpoint stores strips
+    AlignedBuffer<std::byte> own_strips;       // what `strips` shows, unless the checkpoint stores strips
+    std::optional<AlignedBuffer<float>> bias;  // [rows]
 
     int64_t rows() const { return stored.rows; }
     int64_t num_strips() const { return (stored.rows + kStripRows - 1) / kStripRows; }

@@ -1,5 +1,5 @@
-// exp, tanh and the tanh form of GELU on vectors. Only adds, multiplies and fused multiply-adds: the same input gives
-// the same bits in every lane.
+// exp, exp - 1, sigmoid, tanh and the tanh form of GELU on vectors. Only adds, multiplies and fused multiply-adds: the
+// same input gives the same bits in every lane.
 #pragma once
 
 #include "cpu/simd.h"
@@ -34,6 +34,17 @@ inline F32 exp(F32 x) {
     y = select_less(x, lowest, broadcast(0.0f), y);
     return select_less(highest, x, broadcast(__builtin_inff()), y);
 }
+
+// exp(x) - 1 for x <= 0, without cancellation near zero: relative error below 2e-7.
+inline F32 exp_minus_one(F32 x) {
+    const F32 lowest = broadcast(-87.3f);
+    ReducedExponent e = reduce_exponent(max(lowest, x), max(x, lowest));  // the first lets a NaN pass
+    F32 power = scale_by_power_of_two(broadcast(1.0f), e.power);
+    return fma(power, e.remainder, sub(power, broadcast(1.0f)));
+}
+
+// 1 / (1 + exp(-x)): relative error below 2e-7 from -87 on; 0 below.
+inline F32 sigmoid(F32 x) { return div(broadcast(1.0f), add(broadcast(1.0f), exp(sub(broadcast(0.0f), x)))); }
 
 // Relative error below 2e-7 everywhere, subnormals included; odd, and exactly 1 from 10 on.
 // With t = exp(2 |x|) - 1, tanh(|x|) = t / (t + 2): no cancellation near zero.

@@ -40,7 +40,9 @@ CudaModel::CudaModel(const ModelSpec& model_spec, const CachePlan& plan,
     for (std::size_t index = 0; index < spec.layers.size(); ++index) {
         const LayerSpec& layer_spec = spec.layers[index];
         const auto* attention = std::get_if<AttentionSpec>(&layer_spec.mixer);
-        if (!attention) throw BackendError("the CUDA backend has no recurrent layers yet; use a Gemma 1, 2 or 3 model");
+        if (!attention) throw BackendError("backend=\"cuda\" has no recurrent layers yet; use backend=\"cpu\"");
+        if (attention->output_bias || layer_spec.mlp_bias)
+            throw BackendError("backend=\"cuda\" has no biases yet; use backend=\"cpu\"");
         const std::string prefix = "layers." + std::to_string(index) + ".";
         CudaLayer layer;
         layer.gain_before_mixer = gain(prefix + "norm_before_mixer", width);

@@ -22,4 +22,14 @@ CachePlace place_in_cache(const CachePlan& plan, int32_t layer, int64_t num_kv_h
     throw Error("cache plan: layer " + std::to_string(layer) + " has no group");
 }
 
+int64_t place_in_states(const CachePlan& plan, int32_t layer, int64_t width, int64_t conv_tail) {
+    const std::string where = "layer " + std::to_string(layer) + ": ";
+    if (!plan.recurrent) throw Error(where + "the cache has no states for recurrent layers");
+    const RecurrentStateGroup& group = *plan.recurrent;
+    const auto found = std::find(group.layers.begin(), group.layers.end(), layer);
+    if (found == group.layers.end() || group.width != width || group.conv_tail != conv_tail || group.num_slots <= 0)
+        throw Error(where + "the cache's states are of other layers, another width or convolution, or there are none");
+    return found - group.layers.begin();
+}
+
 }  // namespace gemma2_fast

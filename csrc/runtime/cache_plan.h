@@ -41,4 +41,7 @@ struct CachePlace {
 CachePlace place_in_cache(const CachePlan& plan, int32_t layer, int64_t num_kv_heads, int64_t head_dim,
                           std::optional<int64_t> window_keys);
 
+// The same for a recurrent layer: its place among those that have states.
+int64_t place_in_states(const CachePlan& plan, int32_t layer, int64_t width, int64_t conv_tail);
+
 }  // namespace gemma2_fast

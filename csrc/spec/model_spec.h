@@ -22,6 +22,7 @@ struct AttentionSpec {
     std::optional<float> score_softcap;
     std::optional<int64_t> window_keys;
     bool qk_norm = false;
+    bool output_bias = false;
     RopeSpec rope;
 };
 
@@ -34,9 +35,12 @@ struct RecurrentSpec {
     int64_t conv_width = 0;
 };
 
+void check_spec(const RecurrentSpec& spec, const std::string& layer);
+
 struct LayerSpec {
     std::variant<AttentionSpec, RecurrentSpec> mixer;
     int64_t mlp_width = 0;  // F
+    bool mlp_bias = false;
     bool norm_after_mixer = false;
     bool norm_after_mlp = false;
 };

@@ -211,6 +211,7 @@ class AttentionSpec:
         score_softcap: float | None,
         window_keys: int | None,
         qk_norm: bool,
+        output_bias: bool,
         inverse_frequencies: Sequence[float],
     ) -> None: ...
 
@@ -219,7 +220,13 @@ class RecurrentSpec:
 
 class LayerSpec:
     def __init__(
-        self, *, mixer: AttentionSpec | RecurrentSpec, mlp_width: int, norm_after_mixer: bool, norm_after_mlp: bool
+        self,
+        *,
+        mixer: AttentionSpec | RecurrentSpec,
+        mlp_width: int,
+        mlp_bias: bool,
+        norm_after_mixer: bool,
+        norm_after_mlp: bool,
     ) -> None: ...
 
 class ModelSpec:
@@ -251,7 +258,7 @@ class CpuStep(ModelStep):
         max_logits_rows: int,
     ) -> None: ...
     def poison_cache(self) -> None:
-        """Fills every cache page with NaN, for tests."""
+        """Fills every cache page and state with NaN, for tests."""
 
 class CudaDevice:
     """A GPU, through the driver's library. BackendError where library, GPU or a recent driver is missing."""
@@ -436,3 +443,29 @@ class Ops:
 
     def multiply_add_bytes(self, wanted: int) -> int:
         """The same for int8 into int32."""
+
+class RecurrentOps:
+    """The kernels of recurrent layers, as `Ops`. What a sequence carries on is a new array, too."""
+
+    def __init__(self, instruction_set: str = "auto") -> None: ...
+    @property
+    def instruction_set(self) -> str: ...
+    def conv1d(
+        self,
+        x: NDArray[np.float32],
+        weights: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        tail: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """x [T, R], weights [taps, R], tail [taps - 1, R]: the convolution [T, R] and the next tail."""
+
+    def rg_lru(
+        self,
+        x: NDArray[np.float32],
+        input_gate: NDArray[np.float32],
+        recurrence_gate: NDArray[np.float32],
+        log_decay: NDArray[np.float32],
+        state: NDArray[np.float32],
+        starts: bool,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """x and gates [T, R], log_decay and state [R]: the rows [T, R] and the last state."""

@@ -151,7 +151,7 @@ def _layer_text(layer: LayerSpec) -> str:
             norm = ", q/k norm" if a.qk_norm else ""
             text = f"attention ({window}, {a.num_query_heads}/{a.num_kv_heads} heads of {a.head_dim}{cap}{norm})"
         case RecurrentSpec() as r:
-            text = f"recurrence (width {r.width}, convolution {r.conv_width})"
+            text = f"recurrence (width {r.width}, {r.num_gate_blocks} gate blocks, convolution {r.conv_width})"
     return f"{text}, MLP {layer.mlp.width}"
 
 

@@ -17,7 +17,7 @@ from gemma2_fast import _core
 from gemma2_fast.description import Description
 from gemma2_fast.engine.engine import start_engine
 from gemma2_fast.engine.memory import free_memory_bytes
-from gemma2_fast.engine.options import EngineOptions, EnginePlan, plan_engine, why_not_runnable
+from gemma2_fast.engine.options import EngineOptions, EnginePlan, plan_engine
 from gemma2_fast.errors import (
     BackendError,
     CapacityError,
@@ -104,7 +104,8 @@ class Generator:
         kv_dtype: "auto" (follows dtype, bfloat16 for "int8" and "int4" weights) | "float32" | "bfloat16" | "int8".
         backend="cuda" computes in bfloat16 with sums in float32, and keeps keys and values in bfloat16; weights of
         formats other than "int8" and "int4" become bfloat16.
-        max_seq_len: tokens a sequence may reach, the model's own limit by default.
+        max_seq_len: tokens a sequence may reach, the model's own limit by default; more only where no layer sees
+        every token.
         max_batch_size: sequences that run at once. max_step_tokens: tokens one step computes, by default 512,
         on a GPU 2048. kv_cache_gib: memory for keys and values, by default at most half of what is free, on a GPU 90 %.
         num_threads: all processors by default. sliding_window: keys a windowed layer sees, as trained by default.
@@ -128,9 +129,6 @@ class Generator:
             instruction_set=instruction_set,
         )
         checkpoint = _open(model, revision, token, cache_dir, local_files_only, progress)
-        problem = why_not_runnable(checkpoint.spec)
-        if problem is not None:
-            raise BackendError(problem)
         plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, options)
         if plan.quantization is None:
             prefault(checkpoint.weights, progress)
@@ -146,7 +144,7 @@ class Generator:
             plan = plan_engine(checkpoint.spec, checkpoint.matrix_formats, engine_options)
         except (BackendError, CapacityError) as error:
             return Description(checkpoint, None, str(error))
-        return Description(checkpoint, plan, why_not_runnable(plan.spec))
+        return Description(checkpoint, plan, None)
 
     @property
     def spec(self) -> ModelSpec:

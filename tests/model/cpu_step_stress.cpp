@@ -19,6 +19,7 @@ using namespace gemma2_fast;
 namespace {
 
 constexpr int64_t kVocab = 96, kWidth = 64, kHeadDim = 16, kHeads = 4, kKvHeads = 2, kMlp = 96, kWindow = 40;
+constexpr int64_t kRecurrentWidth = 80, kGateBlocks = 2, kTaps = 4;
 constexpr int kStreams = 8;
 constexpr int64_t kMaxSeqLen = 160, kStepTokens = 48;
 
@@ -33,10 +34,10 @@ class Weights {
             std::string prefix = "layers." + std::to_string(i) + ".";
             for (const char* norm : {"norm_before_mixer", "norm_after_mixer", "norm_before_mlp", "norm_after_mlp"})
                 add(weights, prefix + norm, 1, kWidth);
-            add(weights, prefix + "attention.query", kHeads * kHeadDim, kWidth);
-            add(weights, prefix + "attention.key", kKvHeads * kHeadDim, kWidth);
-            add(weights, prefix + "attention.value", kKvHeads * kHeadDim, kWidth);
-            add(weights, prefix + "attention.output", kWidth, kHeads * kHeadDim);
+            if (std::holds_alternative<AttentionSpec>(spec.layers[i].mixer))
+                add_attention(weights, prefix + "attention.");
+            else
+                add_recurrent(weights, prefix + "recurrent.");
             add(weights, prefix + "mlp.gate", kMlp, kWidth);
             add(weights, prefix + "mlp.up", kMlp, kWidth);
             add(weights, prefix + "mlp.down", kWidth, kMlp);
@@ -45,6 +46,29 @@ class Weights {
     }
 
   private:
+    void add_attention(ModelWeights& weights, const std::string& prefix) {
+        add(weights, prefix + "query", kHeads * kHeadDim, kWidth);
+        add(weights, prefix + "key", kKvHeads * kHeadDim, kWidth);
+        add(weights, prefix + "value", kKvHeads * kHeadDim, kWidth);
+        add(weights, prefix + "output", kWidth, kHeads * kHeadDim);
+    }
+
+    void add_recurrent(ModelWeights& weights, const std::string& prefix) {
+        for (const char* name : {"linear_x", "linear_y"}) {
+            add(weights, prefix + name, kRecurrentWidth, kWidth);
+            add(weights, prefix + name + "_bias", 1, kRecurrentWidth);
+        }
+        add(weights, prefix + "linear_out", kWidth, kRecurrentWidth);
+        add(weights, prefix + "linear_out_bias", 1, kWidth);
+        add(weights, prefix + "conv", kRecurrentWidth, kTaps);
+        add(weights, prefix + "conv_bias", 1, kRecurrentWidth);
+        add(weights, prefix + "decay", 1, kRecurrentWidth);
+        for (const char* name : {"input_gate", "recurrence_gate"}) {
+            add(weights, prefix + name, kRecurrentWidth, kRecurrentWidth / kGateBlocks);
+            add(weights, prefix + name + "_bias", kGateBlocks, kRecurrentWidth / kGateBlocks);
+        }
+    }
+
     void add(ModelWeights& weights, const std::string& name, int64_t rows, int64_t cols) {
         std::normal_distribution<float> normal(0, 1 / std::sqrt(static_cast<float>(kWidth)));
         storage_.emplace_back(rows * cols);
@@ -60,12 +84,13 @@ class Weights {
 ModelSpec small_spec() {
     ModelSpec spec{kWidth, kVocab, 8.0f, 1e-6f, 30.0f, {}};
     for (int i = 0; i < 2; ++i) {
-        AttentionSpec attention{kHeads, kKvHeads, kHeadDim, 0.25f, 50.0f, std::nullopt, false, {}};
+        AttentionSpec attention{kHeads, kKvHeads, kHeadDim, 0.25f, 50.0f, std::nullopt, false, false, {}};
         if (i == 0) attention.window_keys = kWindow;
         for (int j = 0; j < kHeadDim / 2; ++j)
             attention.rope.inverse_frequencies.push_back(std::pow(10000.0f, -2.0f * j / kHeadDim));
-        spec.layers.push_back({attention, kMlp, true, true});
+        spec.layers.push_back({attention, kMlp, false, true, true});
     }
+    spec.layers.push_back({RecurrentSpec{kRecurrentWidth, kGateBlocks, kTaps}, kMlp, false, true, true});
     return spec;
 }
 
@@ -75,6 +100,7 @@ CachePlan small_plan() {
     plan.page_tokens = kPageTokens;
     plan.paged.push_back({{0}, kKvHeads, kHeadDim, kWindow, 9, 4});
     plan.paged.push_back({{1}, kKvHeads, kHeadDim, std::nullopt, 14, 5});
+    plan.recurrent = {{2}, kRecurrentWidth, kTaps - 1, kStreams};
     return plan;
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -17,8 +16,10 @@ from gemma2_fast.weights.tensor import Tensor
 from tests.support.checkpoints import WINDOW_KEYS, generator, quantisable_spec, random_weights
 
 LENGTHS = [1, WINDOW_KEYS - 1, WINDOW_KEYS + 1, 32, 33, 97, 2 * WINDOW_KEYS + 3, 150]
-FAMILIES = ["gemma", "gemma2", "gemma3_text"]
+FAMILIES = ["gemma", "gemma2", "gemma3_text", "recurrent_gemma"]
 SETS = _core.instruction_sets()
+CASES = [("gemma2", f, s) for f in FORMATS for s in SETS]
+CASES += [("recurrent_gemma", f, s) for f in ("F32", "BF16", "INT8_G128", "INT4_G32") for s in SETS]
 
 
 @cache
@@ -42,18 +43,12 @@ def bits(gen: Generator, ids: list[int]) -> bytes:
     return logits.tobytes()
 
 
-@pytest.fixture(params=[(f, s) for f in FORMATS for s in SETS], ids=lambda p: "-".join(p))
-def format_and_set(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    return request.param
-
-
-def test_chunks_threads_and_batches(format_and_set: tuple[str, str]) -> None:
-    format_name, instruction_set = format_and_set
-    family = "gemma2"
+@pytest.mark.parametrize(("family", "format_name", "instruction_set"), CASES)
+def test_chunks_threads_and_batches(family: str, format_name: str, instruction_set: str) -> None:
     ids = prompts()[-1]
     with start(family, format_name, instruction_set=instruction_set, num_threads=1, max_step_tokens=256) as whole:
         alone = {len(p): bits(whole, p) for p in prompts()}
-    for chunk, threads in [(1, 1), (7, 2), (64, 2)]:
+    for chunk, threads in [(1, 1), (5, 2), (64, 2)]:
         with start(
             family,
             format_name,
@@ -95,14 +90,16 @@ def test_families_and_cache_types(family: str, kv_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("format_name", ["F32", "BF16", "Q4_K"])
-def test_preempted_and_resumed(format_name: str, instruction_set: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "format_name"), [("gemma2", "F32"), ("gemma2", "BF16"), ("gemma2", "Q4_K"), ("recurrent_gemma", "BF16")]
+)
+def test_preempted_and_resumed(family: str, format_name: str, instruction_set: str) -> None:
     """Eight requests over room for two: ids and log-probabilities equal those of each request alone."""
-    with start("gemma2", format_name, instruction_set=instruction_set) as gen:
+    with start(family, format_name, instruction_set=instruction_set) as gen:
         roomy = [gen.generate(p, max_tokens=40, logprobs=3, temperature=1.0, seed=5) for p in prompts()]
         one_sequence = gen.plan.cache.num_bytes / gen.plan.cache.max_sequences
     with start(
-        "gemma2",
+        family,
         format_name,
         max_step_tokens=48,
         kv_cache_gib=0.8 * one_sequence / 2**30,
@@ -115,13 +112,16 @@ def test_preempted_and_resumed(format_name: str, instruction_set: str) -> None:
     assert [g.logprobs for g in crowded] == [g.logprobs for g in roomy]
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
-def test_unwritten_cache_slots_are_never_read(kv_dtype: str) -> None:
-    """Every page starts as NaN; a read of a slot that no token was written to would spread it."""
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    [("gemma2", "float32"), ("gemma2", "bfloat16"), ("gemma2", "int8"), ("recurrent_gemma", "float32")],
+)
+def test_unwritten_cache_slots_are_never_read(family: str, kv_dtype: str) -> None:
+    """Every page and state starts as NaN; a read of a slot that no token was written to would spread it."""
     from gemma2_fast.engine.engine import core_cache_plan, cpu_step
 
-    spec, weights = model("gemma2", "F32")
-    with start("gemma2", "F32", kv_dtype=kv_dtype, max_step_tokens=33) as gen:
+    spec, weights = model(family, "F32")
+    with start(family, "F32", kv_dtype=kv_dtype, max_step_tokens=33) as gen:
         plan, clean = gen.plan, gen.logits(prompts()[-1])
     cache = core_cache_plan(plan.cache)
     step = cpu_step(plan, weights, cache)

@@ -32,6 +32,7 @@ def build(change: Callable[[dict[str, Any]], None] = lambda _: None, paged: list
         "score_softcap": None,
         "window_keys": None,
         "qk_norm": False,
+        "output_bias": False,
         "inverse_frequencies": [1.0] * 32,
         "weights": {name: (t.format.name, t.shape, t.data) for name, t in WEIGHTS.items()},
         "max_step_tokens": 8,
@@ -39,7 +40,11 @@ def build(change: Callable[[dict[str, Any]], None] = lambda _: None, paged: list
     change(parts)
     weights, step_tokens = parts.pop("weights"), parts.pop("max_step_tokens")
     layer = _core.LayerSpec(
-        mixer=_core.AttentionSpec(**parts), mlp_width=512, norm_after_mixer=True, norm_after_mlp=True
+        mixer=_core.AttentionSpec(**parts),
+        mlp_width=512,
+        mlp_bias=False,
+        norm_after_mixer=True,
+        norm_after_mlp=True,
     )
     spec = _core.ModelSpec(
         model_width=256, vocab_size=512, embedding_scale=16.0, norm_epsilon=1e-6, final_softcap=None, layers=[layer]
@@ -74,6 +79,7 @@ BAD_PARTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "RoPE wider than a head": (lambda p: p.update(inverse_frequencies=[1.0] * 33), "RoPE"),
     "no window": (lambda p: p.update(window_keys=0), "window"),
     "no cap": (lambda p: p.update(score_softcap=0.0), "cap"),
+    "a missing bias": (lambda p: p.update(output_bias=True), "attention.output_bias is missing"),
     "a missing tensor": (lambda p: p["weights"].pop("final_norm"), "final_norm is missing"),
     "too few bytes": (short, "mlp.up has"),
     "no tensor": (lambda p: p["weights"].update(final_norm=3), "final_norm must be"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +16,12 @@ from gemma2_fast.errors import BackendError, RequestError, WeightsError
 from gemma2_fast.reference import Cache, ContiguousCache, PagedCache, ReferenceModel, ReferenceStep, flat_batch
 from gemma2_fast.reference.int8_kv import int8_kv
 from gemma2_fast.reference.softcap import softcap
-from gemma2_fast.spec import RecurrentSpec
 from tests.support.tiny_models import FAMILIES, WINDOW_KEYS, TinyModel, tiny_model
 
 MAX_SEQ_LEN = 4 * PAGE_TOKENS
 MAX_STEP_TOKENS = 40  # a sequence's ring of pages for a window of 9 keys is then 3 pages, and the rows below wrap it
 LENGTHS = (1, 3 * PAGE_TOKENS + 5, WINDOW_KEYS, 2 * WINDOW_KEYS + 3)
+STATE_SLOTS = (2, 0, 3, 1)  # of models with recurrent layers
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -64,7 +65,7 @@ def chunked_batches(chunks: Sequence[int], tables: tuple[Ints, ...] = ()) -> lis
     while any(context < length for context, length in zip(done, LENGTHS, strict=True)):
         size = chunks[len(batches) % len(chunks)]
         tokens = [token_ids[context : context + size] for token_ids, context in zip(prompts(), done, strict=True)]
-        batches.append(flat_batch(tokens, done, block_table=tables))
+        batches.append(flat_batch(tokens, done, block_table=tables, state_slot=STATE_SLOTS))
         done = [context + len(new) for context, new in zip(done, tokens, strict=True)]
     return batches
 
@@ -115,9 +116,10 @@ def first_rows(model: ReferenceModel, row: int) -> tuple[Ints, ...]:
 def test_pages_never_written_hold_nan(model: ReferenceModel) -> None:
     """So that reading another sequence's page cannot pass."""
     cache = PagedCache(plan(model))
-    model.forward(flat_batch([[5, 6, 7]], [0], block_table=first_rows(model, 0)), cache)
-    assert model.forward(flat_batch([[8]], [3], block_table=first_rows(model, 1)), cache).isnan().all()
-    assert model.forward(flat_batch([[8]], [3], block_table=first_rows(model, 0)), cache).isfinite().all()
+    own, other = first_rows(model, 0), first_rows(model, 1)
+    model.forward(flat_batch([[5, 6, 7]], [0], block_table=own, state_slot=[0]), cache)
+    assert model.forward(flat_batch([[8]], [3], block_table=own, state_slot=[0]), cache).isfinite().all()
+    assert model.forward(flat_batch([[8]], [3], block_table=other, state_slot=[0]), cache).isnan().all()
 
 
 def test_reference_step(model: ReferenceModel) -> None:
@@ -133,14 +135,14 @@ def test_reference_step(model: ReferenceModel) -> None:
 
 def test_reference_step_without_wanted_logits(model: ReferenceModel) -> None:
     step = ReferenceStep(model, plan(model))
-    batch = flat_batch([[5, 6]], [0], block_table=first_rows(model, 0), logits_token=[])
+    batch = flat_batch([[5, 6]], [0], block_table=first_rows(model, 0), state_slot=[0], logits_token=[])
     assert step.run(batch).shape == (0, model.spec.vocab_size)
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 def test_kv_dtype_rounds_what_is_read_back(tiny: TinyModel, kv_dtype: str) -> None:
     model = ReferenceModel(tiny.spec, tiny.weights, torch.float32)
-    batch = flat_batch([prompts()[3]], [0], block_table=first_rows(model, 0))
+    batch = flat_batch([prompts()[3]], [0], block_table=first_rows(model, 0), state_slot=[0])
     exact = ReferenceStep(model, plan(model, "float32")).run(batch)
     rounded = ReferenceStep(model, plan(model, kv_dtype)).run(batch)
     difference = np.abs(exact - rounded).max()
@@ -168,13 +170,13 @@ def test_missing_page(model: ReferenceModel) -> None:
     for table in tables:
         table[0, 1] = NO_BLOCK
     cache = PagedCache(plan(model))
-    model.forward(flat_batch([list(range(32))], [0], block_table=tables), cache)
+    model.forward(flat_batch([list(range(32))], [0], block_table=tables, state_slot=[0]), cache)
     with pytest.raises(BackendError, match="no page for position 32 in cache group 0"):
-        model.forward(flat_batch([[5]], [32], block_table=tables), cache)
+        model.forward(flat_batch([[5]], [32], block_table=tables, state_slot=[0]), cache)
 
 
 def test_chunk_longer_than_planned(model: ReferenceModel) -> None:
-    batch = flat_batch([[5] * 41], [0], block_table=first_rows(model, 0))
+    batch = flat_batch([[5] * 41], [0], block_table=first_rows(model, 0), state_slot=[0])
     with pytest.raises(BackendError, match="41 tokens in this step, but the cache was planned for at most 40"):
         model.forward(batch, PagedCache(plan(model)))
 
@@ -203,11 +205,31 @@ def test_unknown_kv_dtype(model: ReferenceModel) -> None:
         ReferenceStep(model, plan(model, "int4"))
 
 
-def test_recurrent_layers_are_refused(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, *rest = tiny.spec.layers
-    spec = replace(tiny.spec, layers=(replace(first, mixer=RecurrentSpec(48, 2, 4)), *rest))
-    monkeypatch.setattr("gemma2_fast.reference.model.check_weights", lambda *_: None)
-    with pytest.raises(BackendError, match="layer 0 is recurrent"):
-        ReferenceModel(spec, tiny.weights, torch.float32)
-    with pytest.raises(BackendError, match="recurrent"):
-        PagedCache(plan_cache(spec, kv_dtype="float32", max_seq_len=64, max_sequences=1, max_step_tokens=8))
+@pytest.fixture
+def recurrent(tmp_path: Path) -> ReferenceModel:
+    tiny = tiny_model("recurrent_gemma", tmp_path)
+    return ReferenceModel(tiny.spec, tiny.weights, torch.float32)
+
+
+@pytest.mark.parametrize("slots", [[], [4], [-1]], ids=str)
+def test_missing_state_slot(recurrent: ReferenceModel, slots: list[int]) -> None:
+    batch = flat_batch([[5, 6]], [0], block_table=first_rows(recurrent, 0), state_slot=slots)
+    with pytest.raises(BackendError, match="sequence 0 has no state slot"):
+        recurrent.forward(batch, PagedCache(plan(recurrent)))
+
+
+def test_a_state_that_nobody_computed(recurrent: ReferenceModel) -> None:
+    cache = PagedCache(plan(recurrent))
+    recurrent.forward(flat_batch([[5, 6]], [0], block_table=first_rows(recurrent, 0), state_slot=[0]), cache)
+    later = flat_batch([[7]], [2], block_table=first_rows(recurrent, 0), state_slot=[1])
+    with pytest.raises(BackendError, match="layer 0 holds no state of slot 1"):
+        recurrent.forward(later, cache)
+
+
+def test_a_slot_of_another_sequence_starts_anew(recurrent: ReferenceModel) -> None:
+    """What the sequence before left in a slot is not read at position 0."""
+    cache = PagedCache(plan(recurrent))
+    first = flat_batch([prompts()[2]], [0], block_table=first_rows(recurrent, 0), state_slot=[3])
+    second = flat_batch([prompts()[3]], [0], block_table=first_rows(recurrent, 0), state_slot=[3])
+    recurrent.forward(first, cache)
+    assert torch.equal(recurrent.forward(second, cache), recurrent.forward(second, PagedCache(plan(recurrent))))

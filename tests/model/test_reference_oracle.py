@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from gemma2_fast.reference import ReferenceModel
-from tests.support.mutants import REFERENCE_MUTANTS, mutants_of
+from gemma2_fast.spec import RecurrentSpec
+from tests.support.mutants import RECURRENCE_MUTANTS, REFERENCE_MUTANTS, mutants_of
 from tests.support.tiny_models import (
     FAMILIES,
     WINDOW_KEYS,
@@ -50,6 +51,23 @@ EXPECTED_MUTANTS = {
         "w instead of 1 + w",
         "wrong kv head",
         "gate and up swapped",
+    },
+    "recurrent_gemma": {
+        "window+1",
+        "window-1",
+        "no final cap",
+        "w instead of 1 + w",
+        "gate and up swapped",
+        "full rotary",
+        "embedding scale not rounded",
+        "no biases of the layers",
+        "no bias of the attention",
+        "no bias of the convolution",
+        "no biases of the gates",
+        "gates transposed",
+        "gates swapped",
+        "convolution backwards",
+        "decay of sigmoid(decay)",
     },
 }
 
@@ -119,18 +137,24 @@ def test_bfloat16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert largest(logits - exact_logits(stored, prompt(30))) <= EXACT_TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"num_key_value_heads": 1, "head_dim": 14},
-        {"num_key_value_heads": 6, "head_dim": 2},
-        {"hidden_size": 42, "head_dim": 30, "intermediate_size": 33},
-    ],
-    ids=["one kv head", "all kv heads", "odd widths"],
-)
-def test_other_shapes(tmp_path_factory: pytest.TempPathFactory, config: dict[str, int]) -> None:
+OTHER_SHAPES = {
+    "one kv head": {"num_key_value_heads": 1, "head_dim": 14},
+    "all kv heads": {"num_key_value_heads": 6, "head_dim": 2},
+    "odd widths": {"hidden_size": 42, "head_dim": 30, "intermediate_size": 33},
+}
+# A head of the recurrent family is its share of the width.
+OTHER_RECURRENT_SHAPES = {
+    "one kv head": {"num_attention_heads": 2},
+    "all kv heads": {"num_attention_heads": 4, "num_key_value_heads": 4, "lru_width": 28},
+    "odd widths": {"hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 66, "lru_width": 51},
+}
+
+
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+def test_other_shapes(tmp_path_factory: pytest.TempPathFactory, shape: str) -> None:
     for family in FAMILIES:
-        other = tiny_model(family, tmp_path_factory.mktemp(family), num_hidden_layers=2, **config)
+        config = (OTHER_RECURRENT_SHAPES if family == "recurrent_gemma" else OTHER_SHAPES)[shape]
+        other = tiny_model(family, tmp_path_factory.mktemp(family), num_hidden_layers=3, **config)
         logits = ReferenceModel(other.spec, other.weights, torch.float64).logits(prompt(20))
         assert largest(logits - exact_logits(other, prompt(20))) <= EXACT_TOLERANCE, family
 
@@ -172,7 +196,8 @@ def test_mutants_of_the_ops_are_far_away(tiny: TinyModel) -> None:
     token_ids = prompt(LENGTHS[-1])
     exact = exact_logits(tiny, token_ids)
     model = ReferenceModel(tiny.spec, tiny.weights, torch.float64)
-    for name, mutate in REFERENCE_MUTANTS.items():
+    recurrent = any(isinstance(layer.mixer, RecurrentSpec) for layer in tiny.spec.layers)
+    for name, mutate in (REFERENCE_MUTANTS | (RECURRENCE_MUTANTS if recurrent else {})).items():
         with pytest.MonkeyPatch.context() as patch:
             mutate(patch)
             difference = largest(model.logits(token_ids) - exact)

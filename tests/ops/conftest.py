@@ -11,3 +11,11 @@ def ops(request: pytest.FixtureRequest) -> _core.Ops:
     ops = _core.Ops(request.param)
     assert ops.instruction_set == request.param
     return ops
+
+
+@pytest.fixture(params=_core.instruction_sets())
+def recurrent_ops(request: pytest.FixtureRequest) -> _core.RecurrentOps:
+    """The C++ ops of recurrent layers, once for each instruction set of this machine."""
+    ops = _core.RecurrentOps(request.param)
+    assert ops.instruction_set == request.param
+    return ops

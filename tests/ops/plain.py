@@ -55,6 +55,43 @@ def rope(x: Floats, cos: Floats, sin: Floats, *, interleaved: bool = False) -> F
     return out
 
 
+def conv1d(x: Floats, weights: Floats, bias: Floats, tail: Floats) -> Floats:
+    """x: [T, R]; weights: [taps, R]; tail: [taps - 1, R]."""
+    inputs = np.concatenate([tail, x])
+    return bias + sum(tap * inputs[i : i + len(x)] for i, tap in enumerate(weights))
+
+
+def sigmoid(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+def rg_lru(
+    x: Floats,
+    input_gate: Floats,
+    recurrence_gate: Floats,
+    log_decay: Floats,
+    state: Floats,
+    *,
+    starts: bool,
+    damped: bool = True,
+    bfloat16_state: bool = False,
+) -> Floats:
+    """x and gates: [T, R]; log_decay and state: [R]."""
+    log_a = log_decay * sigmoid(recurrence_gate)
+    a = np.exp(log_a)
+    damping = np.sqrt(1 - np.exp(2 * log_a)) if damped else np.ones_like(a)
+    if starts:
+        a[0], damping[0] = 0, 1
+    out = np.empty_like(x)
+    for t, added in enumerate(x * sigmoid(input_gate) * damping):
+        state = a[t] * state + added
+        if bfloat16_state:
+            state = (state.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(x.dtype)
+        out[t] = state
+    return out
+
+
 def attention(
     queries: Floats,
     keys: Floats,

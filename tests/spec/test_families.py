@@ -74,6 +74,42 @@ def test_recurrent_gemma() -> None:
     assert spec.layers[0].mlp.width == 7680
 
 
+def test_recurrent_gemma_of_newer_files() -> None:
+    old = RELEASED["recurrentgemma-2b"][0]
+    gone = {"rope_theta", "partial_rotary_factor", "_block_types"}
+    new = {key: value for key, value in old.items() if key not in gone} | {
+        "block_types": old["_block_types"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "lru_width": None,  # that of the model
+    }
+    assert spec_from_config(new) == spec_from_config(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"_block_types": ["recurrent", "mamba"]}, "_block_types"),
+        ({"_block_types": []}, "_block_types"),
+        ({"_block_types": None}, "_block_types"),
+        ({"hidden_activation": "gelu"}, "hidden_activation"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"embeddings_scale_by_sqrt_dim": False}, "embeddings_scale_by_sqrt_dim"),
+        ({"intermediate_size": 15361}, "intermediate_size"),
+        ({"lru_width": 2561}, "num_gate_blocks"),
+        ({"partial_rotary_factor": 1.5}, "rotated_dims"),
+        ({"conv1d_width": 0}, "conv1d_width"),
+    ],
+)
+def test_a_recurrent_gemma_that_is_none(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        spec_from_config({**RELEASED["recurrentgemma-2b"][0], **change})
+
+
+def test_which_models_forget() -> None:
+    forgetful = {name for name, (config, _, _) in RELEASED.items() if spec_from_config(config).forgets}
+    assert forgetful == {"recurrentgemma-2b", "recurrentgemma-9b"}
+
+
 def test_new_spellings_give_the_same_model() -> None:
     old = gemma3(34, 2560, 8, 4, 256, 10240, 256, 1024, 262208)
     new = {key: value for key, value in old.items() if not key.startswith("rope_")}

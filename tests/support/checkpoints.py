@@ -16,8 +16,9 @@ from gemma2_fast.spec import ModelSpec
 from gemma2_fast.spec.families import spec_from_config
 from gemma2_fast.weights.load import Checkpoint
 from gemma2_fast.weights.manifest import manifest
+from gemma2_fast.weights.quantize import UNQUANTIZED
 from gemma2_fast.weights.tensor import Tensor
-from tests.spec.configs import gemma1, gemma2, gemma3
+from tests.spec.configs import gemma1, gemma2, gemma3, recurrent_gemma
 
 WINDOW_KEYS = 40
 
@@ -28,6 +29,7 @@ def quantisable_spec(family: str, **changes: Any) -> ModelSpec:
         "gemma": gemma1(2, 256, 2, 1, 512),
         "gemma2": gemma2(4, 256, 4, 2, 64, 512, 40),
         "gemma3_text": gemma3(6, 256, 4, 1, 64, 512, 64, WINDOW_KEYS, 512),
+        "recurrent_gemma": {**recurrent_gemma(4, 256, 2), "head_dim": 128, "attention_window_size": WINDOW_KEYS - 1},
     }[family]
     small = {
         "vocab_size": 512,
@@ -39,12 +41,15 @@ def quantisable_spec(family: str, **changes: Any) -> ModelSpec:
 
 
 def random_weights(spec: ModelSpec, format_name: str, seed: int = 0) -> dict[str, Tensor]:
-    """Matrices in the format, norms in float32; drawn as tests.support.tiny_models draws them."""
+    """Matrices in the format, the rest in float32; drawn as tests.support.tiny_models draws them."""
     rng = np.random.default_rng(seed)
+    plain = format_name if format_name in UNQUANTIZED else "F32"
     weights = {}
     for name, shape in manifest(spec).items():
-        if len(shape) == 1:
-            mean, deviation = (14.0, 3.0) if name == "final_norm" else (0.2, 0.4)
+        if len(shape) == 3:  # gates and convolutions, which are never quantised
+            weights[name] = random_matrix(rng, shape, FORMATS[plain], shape[-1] ** -0.5)
+        elif len(shape) == 1 or name.endswith("_bias"):
+            mean, deviation = {"final_norm": (14.0, 3.0), "decay": (-4.5, 1.0)}.get(name.rpartition(".")[2], (0.2, 0.4))
             weights[name] = Tensor.from_float32((mean + deviation * rng.standard_normal(shape)).astype(np.float32))
         else:
             deviation = 0.05 if name == "embedding" else shape[-1] ** -0.5

@@ -5,20 +5,25 @@ A mutant changes a spec and its weights, so any backend can run it. A tolerance 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
+from gemma2_fast.reference.rg_lru import rg_lru
 from gemma2_fast.reference.softcap import softcap
 from gemma2_fast.spec import AttentionSpec, ModelSpec
 from gemma2_fast.weights.names import is_norm
 from gemma2_fast.weights.tensor import Tensor
 
 Weights = Mapping[str, Tensor]
+Floats = NDArray[np.float32]
+Apply = Callable[[ModelSpec, Weights], tuple[ModelSpec, Weights]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Mutant:
     """`apply` returns the wrong model; one that equals the right one means that the mistake cannot be made there."""
 
     name: str
-    apply: Callable[[ModelSpec, Weights], tuple[ModelSpec, Weights]]
+    apply: Apply
 
 
 def mutants_of(spec: ModelSpec, weights: Weights) -> list[tuple[str, ModelSpec, Weights]]:
@@ -47,7 +52,7 @@ def _mixers(spec: ModelSpec, change: Callable[[int, AttentionSpec], AttentionSpe
     return replace(spec, layers=layers)
 
 
-def _window(step: int) -> Callable[[ModelSpec, Weights], tuple[ModelSpec, Weights]]:
+def _window(step: int) -> Apply:
     def apply(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Weights]:
         def change(_: int, mixer: AttentionSpec) -> AttentionSpec:
             return mixer if mixer.window_keys is None else replace(mixer, window_keys=mixer.window_keys + step)
@@ -68,6 +73,8 @@ def _no_final_softcap(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Wei
 def _shifted_pattern(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Weights]:
     """Every layer takes the next layer's attention: in an alternating stack, local and global trade places."""
     mixers = [layer.mixer for layer in spec.layers]
+    if not all(isinstance(mixer, AttentionSpec) for mixer in mixers):
+        return spec, weights  # the weights would not fit
     shifted = [*mixers[1:], mixers[0]]
     layers = tuple(replace(layer, mixer=mixer) for layer, mixer in zip(spec.layers, shifted, strict=True))
     return replace(spec, layers=layers), weights
@@ -122,6 +129,45 @@ def _gate_and_up_swapped(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, 
     return spec, swapped
 
 
+def _full_rotary(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Weights]:
+    def change(_: int, mixer: AttentionSpec) -> AttentionSpec:
+        return replace(mixer, rope=replace(mixer.rope, rotated_dims=mixer.head_dim))
+
+    return _mixers(spec, change), weights
+
+
+def _exact_embedding_scale(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Weights]:
+    """Not rounded to bfloat16, where the model's own is."""
+    return replace(spec, embedding_scale=math.sqrt(spec.model_width)), weights
+
+
+def _changed(
+    *roles: str, change: Callable[[Floats], Floats]
+) -> Callable[[ModelSpec, Weights], tuple[ModelSpec, Weights]]:
+    """Every tensor whose canonical name ends in one of `roles` is changed."""
+
+    def apply(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Weights]:
+        changed = {
+            name: Tensor.from_float32(np.ascontiguousarray(change(tensor.to_float32())))
+            for name, tensor in weights.items()
+            if name.endswith(roles)
+        }
+        return (spec, {**weights, **changed}) if changed else (spec, weights)
+
+    return apply
+
+
+def _gates_swapped(spec: ModelSpec, weights: Weights) -> tuple[ModelSpec, Weights]:
+    """The input gate decides what is kept, the recurrence gate what is let in."""
+    other = {"input_gate": "recurrence_gate", "recurrence_gate": "input_gate"}
+    swapped = {}
+    for name in weights:
+        for one, partner in other.items():
+            if f".{one}" in name:
+                swapped[name] = weights[name.replace(one, partner)]
+    return (spec, {**weights, **swapped}) if swapped else (spec, weights)
+
+
 MUTANTS = (
     Mutant("window+1", _window(1)),
     Mutant("window-1", _window(-1)),
@@ -133,6 +179,16 @@ MUTANTS = (
     Mutant("w instead of 1 + w", _gain_without_one),
     Mutant("wrong kv head", _wrong_kv_head),
     Mutant("gate and up swapped", _gate_and_up_swapped),
+    Mutant("full rotary", _full_rotary),
+    Mutant("embedding scale not rounded", _exact_embedding_scale),
+    Mutant("no biases of the layers", _changed("_bias", change=np.zeros_like)),
+    Mutant("no bias of the attention", _changed("attention.output_bias", change=np.zeros_like)),
+    Mutant("no bias of the convolution", _changed("conv_bias", change=np.zeros_like)),
+    Mutant("no biases of the gates", _changed("_gate_bias", change=np.zeros_like)),
+    Mutant("gates transposed", _changed("input_gate", "recurrence_gate", change=lambda w: w.swapaxes(1, 2))),
+    Mutant("gates swapped", _gates_swapped),
+    Mutant("convolution backwards", _changed("recurrent.conv", change=lambda w: w[..., ::-1])),
+    Mutant("decay of sigmoid(decay)", _changed("decay", change=np.negative)),
 )
 
 
@@ -155,11 +211,45 @@ def interleaved_rope(patch: pytest.MonkeyPatch) -> None:
     """The reference turns neighbouring dims (2j, 2j + 1) instead of (j, j + R/2)."""
 
     def neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        a, b = x[..., 0::2], x[..., 1::2]
+        rotated, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
         cos, sin = cos[:, None], sin[:, None]
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        return torch.cat((torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2), rest), dim=-1)
 
     patch.setattr("gemma2_fast.reference.model.rope", neighbours)
 
 
 REFERENCE_MUTANTS = {"cap after mask": cap_after_mask, "exact GELU": exact_gelu, "interleaved RoPE": interleaved_rope}
+
+
+def no_reset(patch: pytest.MonkeyPatch) -> None:
+    """The first token of a document is damped as every other."""
+
+    def never_first(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *others, positions = inputs
+        return rg_lru(*others, positions + 1)
+
+    patch.setattr("gemma2_fast.reference.model.rg_lru", never_first)
+
+
+def no_damping(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("gemma2_fast.reference.rg_lru.damping", torch.ones_like)
+
+
+def bfloat16_state(patch: pytest.MonkeyPatch) -> None:
+    """The recurrence is rounded to bfloat16 after every step, as if kept so."""
+
+    def step_by_step(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *rows, decay, state, positions = inputs
+        outs = []
+        for index in range(len(positions)):
+            now = slice(index, index + 1)
+            out, state = rg_lru(*(x[now] for x in rows), decay, state, positions[now])
+            state = state.to(torch.bfloat16).to(decay.dtype)
+            outs.append(out)
+        return torch.cat(outs), state
+
+    patch.setattr("gemma2_fast.reference.model.rg_lru", step_by_step)
+
+
+RECURRENCE_MUTANTS = {"no reset": no_reset, "no sqrt(1 - a^2)": no_damping, "bfloat16 state": bfloat16_state}

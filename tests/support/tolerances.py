@@ -30,6 +30,7 @@ TOLERANCES: dict[str, Tolerance] = {
         floor_roundings=4.0,
         why="as attention; plain rounds queries and weights as the kernels do, to 16 and 15 bits",
     ),
+    "conv1d": Tolerance(floor_roundings=2.0),
     "dequantize": Tolerance(factor=0.0, floor_roundings=0.0, why="the exact value of the format is float32"),
     "geglu": Tolerance(floor_roundings=2.0),
     "geglu triton": Tolerance(
@@ -42,6 +43,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "matmul triton": Tolerance(
         factor=4.0, floor_roundings=4.0, why="one chain of additions a lane, BLAS has many short ones"
     ),
+    "rg_lru": Tolerance(floor_roundings=4.0),
     "rms_norm": Tolerance(floor_roundings=2.0),
     "rope": Tolerance(),
     "scale": Tolerance(),

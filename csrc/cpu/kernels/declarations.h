@@ -25,6 +25,9 @@ void geglu(const float* gate, const float* up, int64_t count, float* out);
 void rope(float* x, const float* cos, const float* sin, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
           int64_t num_pairs);
 
+void conv1d(const Conv1dTask& task);
+void rg_lru(const RgLruTask& task);
+
 void write_kv(const KvPages& pages, int64_t block_index, int64_t slot_in_page, const float* keys, const float* values);
 void attention(const AttentionTask& task, float* scratch);
 void attention_parts(const AttentionTask& task, int64_t first_block, int64_t end_block, float* parts, float* scratch);

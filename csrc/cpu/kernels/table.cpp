@@ -26,6 +26,8 @@ const Kernels kernels{
     .softcap = softcap,
     .geglu = geglu,
     .rope = rope,
+    .conv1d = conv1d,
+    .rg_lru = rg_lru,
     .write_kv = write_kv,
     .attention = attention,
     .attention_parts = attention_parts,

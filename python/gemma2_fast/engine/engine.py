@@ -10,9 +10,8 @@ from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.gpu import gpu_step
 from gemma2_fast.engine.options import EnginePlan
-from gemma2_fast.errors import BackendError
 from gemma2_fast.quant import FORMATS
-from gemma2_fast.spec import AttentionSpec, LayerSpec, ModelSpec
+from gemma2_fast.spec import AttentionSpec, LayerSpec, ModelSpec, RecurrentSpec
 from gemma2_fast.weights.mapped_file import drop_pages
 from gemma2_fast.weights.prefault import byte_bar
 from gemma2_fast.weights.quantize import quantize_weights
@@ -109,34 +108,40 @@ def core_spec(spec: ModelSpec) -> _core.ModelSpec:
 
 
 def _core_layer(layer: LayerSpec) -> _core.LayerSpec:
-    attention = layer.mixer
-    if not isinstance(attention, AttentionSpec):
-        raise BackendError("the CPU backend has no recurrent layers yet; use a Gemma 1, 2 or 3 model")
-    if attention.output_bias or layer.mlp.bias:
-        raise BackendError("the CPU backend has no biases yet; use a Gemma 1, 2 or 3 model")
-    mixer = _core.AttentionSpec(
-        num_query_heads=attention.num_query_heads,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        query_scale=attention.query_scale,
-        score_softcap=attention.score_softcap,
-        window_keys=attention.window_keys,
-        qk_norm=attention.qk_norm,
-        inverse_frequencies=attention.rope.inverse_frequencies(),
-    )
     return _core.LayerSpec(
-        mixer=mixer,
+        mixer=_core_mixer(layer.mixer),
         mlp_width=layer.mlp.width,
+        mlp_bias=layer.mlp.bias,
         norm_after_mixer=layer.norms.after_mixer,
         norm_after_mlp=layer.norms.after_mlp,
     )
+
+
+def _core_mixer(mixer: AttentionSpec | RecurrentSpec) -> _core.AttentionSpec | _core.RecurrentSpec:
+    match mixer:
+        case AttentionSpec():
+            return _core.AttentionSpec(
+                num_query_heads=mixer.num_query_heads,
+                num_kv_heads=mixer.num_kv_heads,
+                head_dim=mixer.head_dim,
+                query_scale=mixer.query_scale,
+                score_softcap=mixer.score_softcap,
+                window_keys=mixer.window_keys,
+                qk_norm=mixer.qk_norm,
+                output_bias=mixer.output_bias,
+                inverse_frequencies=mixer.rope.inverse_frequencies(),
+            )
+        case RecurrentSpec():
+            return _core.RecurrentSpec(
+                width=mixer.width, num_gate_blocks=mixer.num_gate_blocks, conv_width=mixer.conv_width
+            )
 
 
 def _all_converted(weights: Weights, format_name: str, progress: bool) -> Weights:
     converted = {}
     with byte_bar("converting", weights, progress) as bar:
         for name, tensor in weights.items():
-            converted[name] = _converted(tensor, format_name)
+            converted[name] = tensor if name.endswith("_bias") else _converted(tensor, format_name)
             bar.update(tensor.num_bytes)
     return converted
 

@@ -12,7 +12,7 @@ from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
 from gemma2_fast.engine.memory import CacheRoom, gpu_room, host_room
 from gemma2_fast.errors import BackendError, CapacityError, RequestError
-from gemma2_fast.spec import ModelSpec, RecurrentSpec
+from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.quantize import QUANTIZATIONS, UNQUANTIZED, stored_quantization
 
 DEFAULT_STEP_TOKENS, DEFAULT_GPU_STEP_TOKENS = 512, 2048
@@ -117,7 +117,9 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     spec = spec.with_window(options.sliding_window)
     max_seq_len = options.max_seq_len or spec.max_positions
     if max_seq_len > spec.max_positions:
-        raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
+        if not spec.forgets:
+            raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
+        log.warning("max_seq_len %d is beyond the %d tokens of the model's training", max_seq_len, spec.max_positions)
     step_tokens = options.max_step_tokens or (DEFAULT_STEP_TOKENS if gpu is None else DEFAULT_GPU_STEP_TOKENS)
     step_tokens = min(step_tokens, max_seq_len * options.max_batch_size)
     room = host_room(spec, quantization) if gpu is None else gpu_room(gpu, spec, stored, quantization)
@@ -171,11 +173,6 @@ def _activations(wanted: str, backend: str, quantized: bool) -> str:
     return "int8"
 
 
-def why_not_runnable(spec: ModelSpec) -> str | None:
-    """Why no backend can run the model, if so."""
-    if any(isinstance(layer.mixer, RecurrentSpec) for layer in spec.layers):
-        return f"{spec.family} has recurrent layers, which no backend can run yet"
-    return None
 
 
 def _plan_cache(

@@ -14,6 +14,7 @@ def flat_batch(
     context_tokens: Sequence[int],
     *,
     block_table: tuple[Ints, ...] = (),
+    state_slot: Sequence[int] = (),
     logits_token: Sequence[int] | None = None,
 ) -> StepBatch:
     """The next tokens of S sequences that have `context_tokens` in the cache. A sequence may have none in this step.
@@ -30,6 +31,6 @@ def flat_batch(
         first_token=first_token,
         context_tokens=np.array(context_tokens, dtype=np.int32),
         block_table=block_table,
-        state_slot=np.zeros(0, dtype=np.int32),
+        state_slot=np.array(state_slot, dtype=np.int32),
         logits_token=np.array(range(first_token[-1]) if logits_token is None else logits_token, dtype=np.int32),
     )

@@ -1,8 +1,10 @@
-"""Where keys and values stay between steps: one growing buffer a sequence, or the pages of a CachePlan."""
+"""What stays between steps: keys and values in one growing buffer a sequence or in the pages of a CachePlan, and the
+states of recurrent layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,14 +17,28 @@ from gemma2_fast.reference.dtypes import torch_dtype
 from gemma2_fast.reference.int8_kv import int8_kv
 
 
+@dataclass(frozen=True)
+class LayerState:
+    """What one sequence carries through a recurrent layer: recurrence [R] and the last inputs conv_tail [C - 1, R]."""
+
+    recurrence: Tensor
+    conv_tail: Tensor
+
+
 class Cache(Protocol):
-    """Keys and values of every layer. A sequence is a row of the batch; positions are absolute."""
+    """Keys and values or the state of every layer. A sequence is a row of the batch; positions are absolute."""
 
     def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, K, D] of the batch's tokens."""
 
     def read(self, layer: int, batch: StepBatch, sequence: int, first_key: int, end_key: int) -> tuple[Tensor, Tensor]:
         """Keys and values [end_key - first_key, K, D] of one sequence, in the dtype of the cache."""
+
+    def write_state(self, layer: int, batch: StepBatch, sequence: int, state: LayerState) -> None:
+        """Store the state after the sequence's last token of this batch."""
+
+    def read_state(self, layer: int, batch: StepBatch, sequence: int) -> LayerState:
+        """The state before this batch of a sequence that has one: where it begins, there is nothing to read."""
 
 
 def token_spans(batch: StepBatch) -> Iterator[tuple[int, int, int, int]]:
@@ -38,6 +54,7 @@ class ContiguousCache:
 
     def __init__(self) -> None:
         self._stored: dict[tuple[int, int], tuple[Tensor, int]] = {}  # buffer [2, capacity, K, D], tokens in it
+        self._states: dict[tuple[int, int], LayerState] = {}  # (layer, sequence)
 
     def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
         for sequence, first, end, context in token_spans(batch):
@@ -62,18 +79,24 @@ class ContiguousCache:
         keys, values = buffer[:, first_key:end_key]
         return keys, values
 
+    def write_state(self, layer: int, batch: StepBatch, sequence: int, state: LayerState) -> None:
+        self._states[layer, sequence] = state
+
+    def read_state(self, layer: int, batch: StepBatch, sequence: int) -> LayerState:
+        return _known_state(self._states, layer, sequence, f"sequence {sequence}")
+
 
 class PagedCache:
-    """The paged groups of a CachePlan, found through the batch's block tables. Slots never written hold NaN.
+    """The groups of a CachePlan, found through the batch's block tables and state slots. Slots of pages never
+    written hold NaN.
 
     keys and values a layer: [N, P, K, D] in the plan's kv_dtype; int8 is kept as the float32 values that its codes
     stand for. A windowed group's table is a ring: column b % table_width.
     """
 
     def __init__(self, plan: CachePlan) -> None:
-        if plan.recurrent is not None:
-            raise BackendError("the reference has no recurrent state yet; it runs models of attention layers only")
         self._plan = plan
+        self._states: dict[tuple[int, int], LayerState] = {}  # (layer, slot)
         dtype = torch.float32 if plan.kv_dtype == "int8" else torch_dtype(plan.kv_dtype)
         self._group_of_layer = {layer: index for index, group in enumerate(plan.paged) for layer in group.layers}
         self._pages: dict[int, Tensor] = {}  # layer → [2, N, P, K, D]
@@ -98,6 +121,23 @@ class PagedCache:
         keys, values = self._pages[layer][:, blocks, slots]
         return keys, values
 
+    def write_state(self, layer: int, batch: StepBatch, sequence: int, state: LayerState) -> None:
+        self._states[layer, self._state_slot(batch, sequence)] = state
+
+    def read_state(self, layer: int, batch: StepBatch, sequence: int) -> LayerState:
+        slot = self._state_slot(batch, sequence)
+        return _known_state(self._states, layer, slot, f"slot {slot}")
+
+    def _state_slot(self, batch: StepBatch, sequence: int) -> int:
+        num_slots = 0 if self._plan.recurrent is None else self._plan.recurrent.num_slots
+        slot = int(batch.state_slot[sequence]) if sequence < len(batch.state_slot) else -1
+        if not 0 <= slot < num_slots:
+            raise BackendError(
+                f"sequence {sequence} has no state slot: the batch names {batch.state_slot.tolist()}, the cache has "
+                f"slots 0..{num_slots - 1}"
+            )
+        return slot
+
     def _slots(self, layer: int, batch: StepBatch, sequence: int, first: int, end: int) -> tuple[Tensor, Tensor]:
         """The page and the slot in it of every position in first..end-1."""
         index = self._group_of_layer[layer]
@@ -112,3 +152,9 @@ class PagedCache:
                 f"block table names {int(blocks[wrong][0])}, the group has pages 0..{group.num_blocks - 1}"
             )
         return blocks, positions % self._plan.page_tokens
+
+
+def _known_state(states: dict[tuple[int, int], LayerState], layer: int, index: int, owner: str) -> LayerState:
+    if (layer, index) not in states:
+        raise BackendError(f"layer {layer} holds no state of {owner}; its first tokens must have been computed here")
+    return states[layer, index]

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from gemma2_fast.engine.step_batch import StepBatch
-from gemma2_fast.errors import BackendError, RequestError
+from gemma2_fast.errors import RequestError
 from gemma2_fast.reference.attention import attention
 from gemma2_fast.reference.batch import flat_batch
-from gemma2_fast.reference.cache import Cache, ContiguousCache, token_spans
+from gemma2_fast.reference.block_diagonal import block_diagonal
+from gemma2_fast.reference.cache import Cache, ContiguousCache, LayerState, token_spans
+from gemma2_fast.reference.conv1d import conv1d
+from gemma2_fast.reference.dtypes import wide
 from gemma2_fast.reference.embed import embed
 from gemma2_fast.reference.geglu import geglu
 from gemma2_fast.reference.matmul import matmul
+from gemma2_fast.reference.rg_lru import rg_lru
 from gemma2_fast.reference.rms_norm import rms_norm
 from gemma2_fast.reference.rope import rope, rope_tables
 from gemma2_fast.reference.softcap import softcap
@@ -35,9 +39,6 @@ class ReferenceModel:
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
         check_weights(spec, weights, "reference")
-        for index, layer in enumerate(spec.layers):
-            if isinstance(layer.mixer, RecurrentSpec):
-                raise _recurrent(index)
         self.spec = spec
         self.dtype = dtype
         self._weights = {name: torch.tensor(stored.to_float32(), dtype=dtype) for name, stored in weights.items()}
@@ -90,8 +91,8 @@ class ReferenceModel:
         match layer.mixer:
             case AttentionSpec() as spec:
                 mixed = self._attend(index, spec, normed, batch, cache, tables[spec.rope])
-            case RecurrentSpec():
-                raise _recurrent(index)
+            case RecurrentSpec() as spec:
+                mixed = self._recur(index, spec, normed, batch, cache)
         x = x + (self._norm(mixed, prefix + "norm_after_mixer") if layer.norms.after_mixer else mixed)
 
         normed = self._norm(x, prefix + "norm_before_mlp")
@@ -133,15 +134,47 @@ class ReferenceModel:
             )
         return self._linear(out.flatten(1), prefix + "output")
 
+    def _recur(self, index: int, spec: RecurrentSpec, x: Tensor, batch: StepBatch, cache: Cache) -> Tensor:
+        prefix = f"layers.{index}.recurrent."
+        inputs, gates = self._linear(x, prefix + "linear_x"), self._linear(x, prefix + "linear_y")
+        positions = torch.tensor(batch.positions, dtype=torch.int64)
+
+        out = torch.empty_like(inputs)
+        for sequence, first, end, context in token_spans(batch):
+            before = cache.read_state(index, batch, sequence) if context else self._first_state(spec)
+            span = slice(first, end)
+            conv, tail = conv1d(
+                inputs[span],
+                self._weights[prefix + "conv"],
+                self._weights[prefix + "conv_bias"],
+                before.conv_tail,
+                positions[span],
+            )
+            out[span], state = rg_lru(
+                conv,
+                self._gate(conv, prefix + "input_gate"),
+                self._gate(conv, prefix + "recurrence_gate"),
+                self._weights[prefix + "decay"],
+                before.recurrence,
+                positions[span],
+            )
+            cache.write_state(index, batch, sequence, LayerState(state, tail))
+        return self._linear(geglu(gates, out), prefix + "linear_out")
+
+    def _first_state(self, spec: RecurrentSpec) -> LayerState:
+        return LayerState(
+            torch.zeros(spec.width, dtype=wide(self.dtype)),
+            torch.zeros(spec.conv_width - 1, spec.width, dtype=self.dtype),
+        )
+
+    def _gate(self, x: Tensor, name: str) -> Tensor:
+        return block_diagonal(x, self._weights[name], self._weights[name + "_bias"])
+
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return matmul(x, self._weights[name], self._weights.get(name + "_bias"))
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return rms_norm(x, self._weights[name], self.spec.norm_epsilon)
-
-
-def _recurrent(index: int) -> BackendError:
-    return BackendError(f"layer {index} is recurrent; the reference computes attention layers only")
 
 
 def _prompt_chunks(token_ids: Sequence[int], chunk_tokens: int) -> Iterator[StepBatch]:

@@ -187,8 +187,13 @@ def _gemma3(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
 
 
 def _recurrent_gemma(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
+    _check_activation(config, exact_allowed=False)
+    if config.get("embeddings_scale_by_sqrt_dim") is False:
+        raise ConfigError("config.json: embeddings_scale_by_sqrt_dim is false, but every RecurrentGemma scales by it")
     heads, head_dim = _count(config, "num_attention_heads"), _count(config, "head_dim")
-    rope = _rope(config, config.get("rope_parameters"), "rope_theta", rotated=_number(config, "partial_rotary_factor"))
+    parameters = config.get("rope_parameters")
+    newer = parameters if isinstance(parameters, Mapping) else {}
+    rope = _rope(config, parameters, "rope_theta", rotated=_number({**config, **newer}, "partial_rotary_factor"))
     mlp_width = _count(config, "intermediate_size")
     if mlp_width % 2:
         raise ConfigError(f"config.json: intermediate_size counts both branches and must be even, got {mlp_width}")
@@ -204,7 +209,8 @@ def _recurrent_gemma(config: Config, assumed: tuple[str, ...]) -> ModelSpec:
         output_bias=True,
         rope=rope,
     )
-    recurrent = RecurrentSpec(_count(config, "lru_width"), heads, _count(config, "conv1d_width"))
+    lru_width = _width(config) if config.get("lru_width", 0) is None else _count(config, "lru_width")
+    recurrent = RecurrentSpec(lru_width, heads, _count(config, "conv1d_width"))
     mixers: dict[str, AttentionSpec | RecurrentSpec] = {"recurrent": recurrent, "attention": attention}
     key = "block_types" if "block_types" in config else "_block_types"
     pattern = config.get(key)
@@ -264,15 +270,8 @@ def _layer(
     qk_norm: bool,
     post_norms: bool,
 ) -> LayerSpec:
-    if config.get("attention_bias"):
-        raise ConfigError("config.json: attention_bias is true, but Gemma's attention has no biases")
     # Early Gemma 1 files name the exact GELU or nothing; the model was trained with the tanh form.
-    exact_allowed = not post_norms
-    for key in ("hidden_activation", "hidden_act"):
-        activation = config.get(key)
-        if activation in (None, "gelu_pytorch_tanh") or (exact_allowed and activation == "gelu"):
-            continue
-        raise ConfigError(f"config.json: {key} must be 'gelu_pytorch_tanh', got {activation!r}")
+    _check_activation(config, exact_allowed=not post_norms)
     heads, kv_heads = _count(config, "num_attention_heads"), _count(config, "num_key_value_heads")
     if heads % kv_heads:
         raise ConfigError(
@@ -291,6 +290,17 @@ def _layer(
     )
     mlp = MlpSpec(_count(config, "intermediate_size"), bias=False)
     return LayerSpec(attention, mlp, NormPlacement(after_mixer=post_norms, after_mlp=post_norms))
+
+
+def _check_activation(config: Config, *, exact_allowed: bool) -> None:
+    """The tanh form of GELU everywhere, and no biases on queries, keys and values."""
+    if config.get("attention_bias"):
+        raise ConfigError("config.json: attention_bias is true, but Gemma's queries, keys and values have no biases")
+    for key in ("hidden_activation", "hidden_act"):
+        activation = config.get(key)
+        if activation in (None, "gelu_pytorch_tanh") or (exact_allowed and activation == "gelu"):
+            continue
+        raise ConfigError(f"config.json: {key} must be 'gelu_pytorch_tanh', got {activation!r}")
 
 
 def _layer_kinds(config: Config, period: int | None) -> list[str]:

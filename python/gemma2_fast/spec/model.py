@@ -39,6 +39,12 @@ class ModelSpec:
         if not self.layers:
             raise ConfigError("a model needs at least one layer")
 
+    @property
+    def forgets(self) -> bool:
+        """Whether every layer sees a window or keeps a state, so that the cache does not grow with the text."""
+        mixers = [layer.mixer for layer in self.layers]
+        return not any(isinstance(mixer, AttentionSpec) and mixer.window_keys is None for mixer in mixers)
+
     def with_window(self, window_keys: int | None) -> ModelSpec:
         """The same model with another window on its windowed layers; None keeps the trained one."""
         if window_keys is None:

@@ -12,6 +12,7 @@ import numpy as np
 from gemma2_fast.errors import ConfigError, FileFormatError, WeightsError
 from gemma2_fast.spec import ModelSpec
 from gemma2_fast.spec.families import spec_from_config, spec_from_gguf
+from gemma2_fast.weights.deepmind import EMBEDDING, as_hugging_face
 from gemma2_fast.weights.gguf import read_gguf
 from gemma2_fast.weights.manifest import check_weights
 from gemma2_fast.weights.mapped_file import drop_pages
@@ -91,7 +92,7 @@ def _load_directory(directory: Path) -> Checkpoint:
     generation_config = read_json(generation_path) if generation_path.is_file() else {}
 
     files = read_safetensors_directory(directory)
-    stored = files.tensors
+    stored = as_hugging_face(files.tensors) if EMBEDDING in files.tensors else files.tensors
     names = hf_names(spec, stored)
     embedding = stored.get(names["embedding"])
     for output_name in HF_OUTPUT:

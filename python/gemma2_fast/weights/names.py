@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gemma2_fast.spec import LayerSpec, ModelSpec, RecurrentSpec
+from gemma2_fast.spec import LayerSpec, ModelSpec
 from gemma2_fast.weights.manifest import manifest
 
 # Where a Hugging Face checkpoint keeps its text model: alone, or inside a multimodal one of either era.
@@ -82,7 +82,7 @@ _GGUF_LAYER = {
 
 def hf_names(spec: ModelSpec, present: Collection[str]) -> dict[str, str]:
     """Canonical name → Hugging Face name, under the prefix that the tensors in `present` use."""
-    griffin = any(isinstance(layer.mixer, RecurrentSpec) for layer in spec.layers)
+    griffin = spec.family == "recurrent_gemma"
     prefix = next((p for p in HF_PREFIXES if p + "embed_tokens.weight" in present), HF_PREFIXES[0])
 
     def table(layer: LayerSpec) -> dict[str, str]:

@@ -1,0 +1,130 @@
+#include "cpu/recurrent_mixer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "base/errors.h"
+
+namespace gemma2_fast {
+namespace {
+
+constexpr int64_t kChannelsPerTask = 64;  // whose gates and recurrence a thread computes at once
+constexpr int64_t kTokensAtOnce = 128;    // so that the gates of a task stay in a second-level cache
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+AlignedBuffer<float> floats(int64_t count) { return AlignedBuffer<float>(static_cast<std::size_t>(count)); }
+
+}  // namespace
+
+RecurrentMixer::RecurrentMixer(const Kernels& kernels, const RecurrentStateGroup& group, int64_t most_block_width,
+                               int num_threads, int64_t max_step_tokens)
+    : kernels_(kernels),
+      group_(group),
+      matmul_scratch_floats_(divide_up(kernels.matmul_scratch_floats(most_block_width), 16) * 16),
+      scratch_floats_(matmul_scratch_floats_ + 2 * kTokensAtOnce * kChannelsPerTask),
+      states_(
+          floats(static_cast<int64_t>(group.layers.size()) * group.num_slots * (1 + group.conv_tail) * group.width)),
+      inputs_(floats(max_step_tokens * group.width)),
+      gates_(floats(max_step_tokens * group.width)),
+      conv_(floats(max_step_tokens * group.width)),
+      scratch_(floats(num_threads * scratch_floats_)) {}
+
+void RecurrentMixer::check(const StepBatch& batch) const {
+    std::vector<int32_t> slots = batch.state_slot;
+    std::ranges::sort(slots);
+    if (static_cast<int64_t>(slots.size()) != batch.num_sequences() || std::ranges::adjacent_find(slots) != slots.end())
+        throw Error("the batch has " + std::to_string(slots.size()) +
+                    " state slots, expected one of its own for each of " + std::to_string(batch.num_sequences()) +
+                    " sequences");
+    if (!slots.empty() && (slots.front() < 0 || slots.back() >= group_.num_slots))
+        throw Error("the batch's state slots lie in " + std::to_string(slots.front()) + ".." +
+                    std::to_string(slots.back()) + ", the cache has " + std::to_string(group_.num_slots));
+}
+
+void RecurrentMixer::poison() { std::memset(states_.data(), 0xff, states_.size() * sizeof(float)); }
+
+const float* RecurrentMixer::run(const CpuRecurrent& layer, const StepBatch& batch, ThreadPool& threads) {
+    const int64_t num_blocks = layer.spec.num_gate_blocks, block_width = group_.width / num_blocks;
+    threads.parallel_for(num_blocks, [&](int64_t block, int) { convolve(layer, batch, block); });
+    const int64_t parts = divide_up(block_width, kChannelsPerTask);
+    threads.parallel_for(num_blocks * parts, [&](int64_t task, int thread) {
+        const int64_t first = task % parts * kChannelsPerTask;
+        recur(layer, batch, task / parts * block_width + first, std::min(kChannelsPerTask, block_width - first),
+              scratch_.data() + thread * scratch_floats_);
+    });
+    return gates_.data();
+}
+
+void RecurrentMixer::convolve(const CpuRecurrent& layer, const StepBatch& batch, int64_t block) {
+    const int64_t width = group_.width, num_channels = width / layer.spec.num_gate_blocks;
+    const int64_t first_channel = block * num_channels;
+    for (int64_t s = 0; s < batch.num_sequences(); ++s) {
+        const int64_t first = batch.first_token[s];
+        float* tail = state(layer, batch.state_slot[s]) + width + first_channel;
+        if (batch.context_tokens[s] == 0)
+            for (int64_t i = 0; i < group_.conv_tail; ++i) std::fill_n(tail + i * width, num_channels, 0.0f);
+        kernels_.conv1d({.x = inputs_.data() + first * width + first_channel,
+                         .x_stride = width,
+                         .tail = tail,
+                         .tail_stride = width,
+                         .weights = layer.conv_weights.data() + first_channel,
+                         .weights_stride = width,
+                         .bias = layer.conv_bias.data() + first_channel,
+                         .num_taps = layer.spec.conv_width,
+                         .num_tokens = batch.first_token[s + 1] - first,
+                         .num_channels = num_channels,
+                         .out = conv_.data() + first_channel * batch.num_tokens() + first * num_channels,
+                         .out_stride = num_channels});
+    }
+}
+
+// Some channels of one gate block, for every token: both gates, the recurrence, and the product with the other branch.
+void RecurrentMixer::recur(const CpuRecurrent& layer, const StepBatch& batch, int64_t first_channel,
+                           int64_t num_channels, float* scratch) {
+    const int64_t width = group_.width, block_width = width / layer.spec.num_gate_blocks;
+    const int64_t block_channel = first_channel / block_width * block_width;
+    const float* conv = conv_.data() + block_channel * batch.num_tokens();
+    float* input_gate = scratch + matmul_scratch_floats_;
+    float* recurrence_gate = input_gate + kTokensAtOnce * kChannelsPerTask;
+    const auto compute = [&](const Gate& gate, int64_t first, int64_t count, float* out) {
+        kernels_.matmul(gate.blocks, first_channel, first_channel + num_channels, conv + first * block_width, count,
+                        out - first_channel, kChannelsPerTask, scratch);
+        for (int64_t t = 0; t < count; ++t)
+            kernels_.add(gate.bias.data() + first_channel, num_channels, out + t * kChannelsPerTask);
+    };
+    for (int64_t first = 0; first < batch.num_tokens(); first += kTokensAtOnce) {
+        const int64_t end = std::min(first + kTokensAtOnce, batch.num_tokens());
+        compute(layer.input_gate, first, end - first, input_gate);
+        compute(layer.recurrence_gate, first, end - first, recurrence_gate);
+        for (int64_t s = 0; s < batch.num_sequences(); ++s) {
+            const int64_t begin = std::max<int64_t>(first, batch.first_token[s]);
+            const int64_t stop = std::min<int64_t>(end, batch.first_token[s + 1]);
+            if (begin >= stop) continue;
+            kernels_.rg_lru({.x = conv + begin * block_width + first_channel - block_channel,
+                             .x_stride = block_width,
+                             .input_gate = input_gate + (begin - first) * kChannelsPerTask,
+                             .recurrence_gate = recurrence_gate + (begin - first) * kChannelsPerTask,
+                             .gate_stride = kChannelsPerTask,
+                             .log_decay = layer.log_decay.data() + first_channel,
+                             .state = state(layer, batch.state_slot[s]) + first_channel,
+                             .starts = batch.positions[begin] == 0,
+                             .num_tokens = stop - begin,
+                             .num_channels = num_channels,
+                             .out = inputs_.data() + begin * width + first_channel,
+                             .out_stride = width});
+        }
+        for (int64_t t = first; t < end; ++t) {
+            float* gate = gates_.data() + t * width + first_channel;
+            kernels_.geglu(gate, inputs_.data() + t * width + first_channel, num_channels, gate);
+        }
+    }
+}
+
+float* RecurrentMixer::state(const CpuRecurrent& layer, int32_t slot) {
+    const int64_t index = layer.group_layer * group_.num_slots + slot;
+    return states_.data() + index * (1 + group_.conv_tail) * group_.width;
+}
+
+}  // namespace gemma2_fast

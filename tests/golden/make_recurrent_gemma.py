@@ -1,0 +1,119 @@
+"""Makes recurrent_gemma.npz with DeepMind's PyTorch code, or checks that it would come out the same.
+
+In an environment of its own, because the package pins old versions:
+    pip install torch==2.13.0 numpy einops jaxtyping sentencepiece && pip install --no-deps recurrentgemma==1.0.1
+    python -m tests.golden.make_recurrent_gemma [--check]        # from the root of the repository
+
+Kept are float64 logits, the distance of a float32 run from them, and the tokens that a float32 run generates with
+DeepMind's cache. For float64 the casts to float32 inside softmax and recurrence are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from tests.golden import griffin_model as model
+
+# The package's own beginning asks for JAX and Flax, which its PyTorch half does not use.
+package = ModuleType("recurrentgemma")
+package.__path__ = list(find_spec("recurrentgemma").submodule_search_locations)
+sys.modules["recurrentgemma"] = package
+from recurrentgemma import common  # noqa: E402
+from recurrentgemma.torch import griffin as deepmind  # noqa: E402
+
+FILE = Path(__file__).with_name("recurrent_gemma.npz")
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Casts of float64 tensors to float32 do nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.type and args[0].dtype == torch.float64 and args[1:] == (torch.float32,):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def griffin(dtype: torch.dtype) -> Any:
+    kinds = {"R": common.TemporalBlockType.RECURRENT, "A": common.TemporalBlockType.ATTENTION}
+    config = common.GriffinConfig(
+        vocab_size=model.VOCAB_SIZE,
+        width=model.WIDTH,
+        mlp_expanded_width=model.MLP_WIDTH,
+        num_heads=model.NUM_HEADS,
+        block_types=tuple(kinds[kind] for kind in model.PATTERN),
+        embeddings_scale_by_sqrt_dim=True,
+        attention_window_size=model.WINDOW,
+        logits_soft_cap=model.SOFT_CAP,
+        lru_width=model.LRU_WIDTH,
+    )
+    made = deepmind.Griffin(config, gradient_checkpointing=False, dtype=dtype)
+    made.load_state_dict({name: torch.tensor(values, dtype=dtype) for name, values in model.weights().items()})
+    return made.eval()
+
+
+def logits(made: Any, rows: list[np.ndarray], positions: list[np.ndarray]) -> np.ndarray:
+    """[batch, T, V] of one call without a cache."""
+    ids, at = (torch.tensor(np.stack(values)) for values in (rows, positions))
+    out, _ = made(ids, at)
+    return np.asarray(out.numpy())
+
+
+def generated(made: Any, ids: np.ndarray) -> list[int]:
+    """Greedy tokens: the prompt in one call, then one token a call, as DeepMind's sampler does."""
+    out, cache = made(torch.tensor(ids[None]), torch.arange(len(ids))[None])
+    new = [int(out[0, -1].argmax())]
+    while len(new) < model.NEW_TOKENS:
+        at = torch.tensor([[len(ids) + len(new) - 1]])
+        out, cache = made(torch.tensor([new[-1:]]), at, cache)
+        new.append(int(out[0, -1].argmax()))
+    return new
+
+
+def golden() -> dict[str, np.ndarray]:
+    ids = model.tokens()
+    short, long = ids["short"], ids["long"]
+    packed = np.concatenate([ids["first"], ids["second"]])
+    restarts = np.concatenate([np.arange(length) for length in model.DOCUMENTS])
+    cases = {
+        "short": ([short], [np.arange(len(short))]),
+        "long": ([long], [np.arange(len(long))]),
+        "packed": ([packed], [restarts]),
+        "batch": ([long[: model.SHORT], short], [np.arange(model.SHORT)] * 2),
+    }
+    kept = {}
+    with torch.no_grad():
+        plain_model = griffin(torch.float32)
+        for name, (rows, positions) in cases.items():
+            with KeepFloat64():
+                exact = logits(griffin(torch.float64), rows, positions)
+            plain = logits(plain_model, rows, positions)
+            kept[name] = exact[:, model.ROWS[name]]
+            kept[f"{name}_float32_error"] = np.abs(plain - exact).max()
+        kept["generated"] = np.array(generated(plain_model, long), dtype=np.int16)
+    return kept
+
+
+def main() -> None:
+    made = golden()
+    if "--check" in sys.argv[1:]:
+        with np.load(FILE) as stored:
+            assert set(stored) == set(made), (set(stored), set(made))
+            for name, values in made.items():
+                np.testing.assert_allclose(stored[name], values, rtol=1e-9 if values.ndim > 1 else 0.5, err_msg=name)
+            assert np.array_equal(stored["generated"], made["generated"])
+        print(f"{FILE} is what DeepMind's code gives")
+    else:
+        np.savez_compressed(FILE, **made)
+        print(f"{FILE}: {FILE.stat().st_size} bytes, {len(set(made['generated'].tolist()))} distinct tokens generated")
+
+
+if __name__ == "__main__":
+    main()
