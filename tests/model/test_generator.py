@@ -201,7 +201,6 @@ def test_bad_requests_are_refused_and_the_engine_lives(
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Gemma2FastError], str]] = [
-    ({"backend": "cuda"}, BackendError, "no CUDA driver: libcuda.so.1"),
     ({"backend": "tpu"}, RequestError, "'cpu'"),
     ({"dtype": "float16"}, BackendError, "overflow"),
     ({"quantization": "int3"}, RequestError, "None, 'int8', 'int4'"),
