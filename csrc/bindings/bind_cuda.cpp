@@ -91,6 +91,7 @@ void bind_cuda(py::module_& module) {
         .def("upload", &upload, py::arg("name"), py::arg("part"), py::arg("data"))
         .def("finish_upload", &GraphStep::finish_upload, py::call_guard<py::gil_scoped_release>())
         .def("poison_cache", &GraphStep::poison_cache, "Fills every cache page with NaN, for tests.")
+        .def_property_readonly("float32_tensors", &GraphStep::float32_tensors)
         .def_property_readonly("num_device_bytes", &GraphStep::num_device_bytes)
         .def_property_readonly("num_graphs", &GraphStep::num_graphs);
 }

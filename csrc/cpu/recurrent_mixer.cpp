@@ -31,18 +31,6 @@ RecurrentMixer::RecurrentMixer(const Kernels& kernels, const RecurrentStateGroup
       conv_(floats(max_step_tokens * group.width)),
       scratch_(floats(num_threads * scratch_floats_)) {}
 
-void RecurrentMixer::check(const StepBatch& batch) const {
-    std::vector<int32_t> slots = batch.state_slot;
-    std::ranges::sort(slots);
-    if (static_cast<int64_t>(slots.size()) != batch.num_sequences() || std::ranges::adjacent_find(slots) != slots.end())
-        throw Error("the batch has " + std::to_string(slots.size()) +
-                    " state slots, expected one of its own for each of " + std::to_string(batch.num_sequences()) +
-                    " sequences");
-    if (!slots.empty() && (slots.front() < 0 || slots.back() >= group_.num_slots))
-        throw Error("the batch's state slots lie in " + std::to_string(slots.front()) + ".." +
-                    std::to_string(slots.back()) + ", the cache has " + std::to_string(group_.num_slots));
-}
-
 void RecurrentMixer::poison() { std::memset(states_.data(), 0xff, states_.size() * sizeof(float)); }
 
 const float* RecurrentMixer::run(const CpuRecurrent& layer, const StepBatch& batch, ThreadPool& threads) {

@@ -19,8 +19,7 @@ class RecurrentMixer {
     RecurrentMixer(const Kernels& kernels, const RecurrentStateGroup& group, int64_t most_block_width, int num_threads,
                    int64_t max_step_tokens);
 
-    void check(const StepBatch& batch) const;  // throws Error unless every sequence has a slot of its own
-    void poison();                             // fills every state with NaN
+    void poison();  // fills every state with NaN
 
     // Where a layer's linear_x and linear_y put their rows [T, R].
     float* inputs() { return inputs_.data(); }

@@ -7,36 +7,35 @@
 #include <numeric>
 #include <utility>
 
+#include "cuda/launch_sizes.h"
+
 namespace gemma2_fast {
 namespace {
 
 constexpr int64_t kAlignment = 4;           // integers in the 16 bytes that kernels may load at once
 constexpr int64_t kFewestDecodeKeys = 512;  // shapes of shorter contexts are one
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t power_of_two(int64_t least) { return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(least))); }
-
 bool is_decode(const StepBatch& batch) {
     return batch.num_tokens() == batch.num_sequences() && batch.num_logits() == batch.num_tokens();
 }
 
-StepShape largest(const StepInputs::Limits& limits) {
-    const int64_t sequences = power_of_two(limits.max_sequences);
-    return {.num_tokens = std::max(limits.max_step_tokens, sequences),
-            .num_sequences = sequences,
-            .num_logits = std::max(limits.max_logits_rows, sequences),
-            .num_tiles = limits.max_step_tokens / limits.queries_per_tile + sequences,
+StepShape largest(const StepSizes& sizes, int64_t queries_per_tile) {
+    return {.num_tokens = sizes.max_tokens,
+            .num_sequences = sizes.max_sequences,
+            .num_logits = sizes.max_logits,
+            .num_tiles = sizes.max_tokens / queries_per_tile + sizes.max_sequences,
             .decode_keys = std::nullopt,
             .chooses = true};
 }
 
 }  // namespace
 
-StepInputs::StepInputs(const Device& device, const CachePlan& plan, const Limits& limits, Arena& arena)
+StepInputs::StepInputs(const Device& device, const CachePlan& plan, const StepSizes& sizes, int64_t vocab_size,
+                       int64_t queries_per_tile, Arena& arena)
     : plan_(plan),
-      limits_(limits),
-      block_(arena.reserve(layout(largest(limits)).size * static_cast<int64_t>(sizeof(int32_t)))),
+      vocab_size_(vocab_size),
+      queries_per_tile_(queries_per_tile),
+      block_(arena.reserve(layout(largest(sizes, queries_per_tile)).size * kI32Bytes)),
       host_(device, block_.num_bytes, "the inputs of a step") {}
 
 StepShape StepInputs::shape(const StepBatch& batch, bool chooses) const {
@@ -57,7 +56,7 @@ StepShape StepInputs::shape(const StepBatch& batch, bool chooses) const {
                     .decode_keys = std::nullopt,
                     .chooses = chooses};
     for (int64_t s = 0; s < batch.num_sequences(); ++s)
-        shape.num_tiles += divide_up(batch.first_token[s + 1] - batch.first_token[s], limits_.queries_per_tile);
+        shape.num_tiles += divide_up(batch.first_token[s + 1] - batch.first_token[s], queries_per_tile_);
     return shape;
 }
 
@@ -72,6 +71,8 @@ void StepInputs::fill(const StepBatch& batch, std::span<const TokenChoice> choic
     put(at.positions, batch.positions, shape.num_tokens, 0);
     put(at.first_token, batch.first_token, shape.num_sequences + 1, batch.first_token.back());
     put(at.context_tokens, batch.context_tokens, shape.num_sequences, 0);
+    const int64_t nobodys_slot = plan_.recurrent ? plan_.recurrent->num_slots : 0;
+    put(at.state_slot, batch.state_slot, shape.num_sequences, i32(nobodys_slot));
     put(at.logits_token, batch.logits_token, shape.num_logits, 0);
     for (std::size_t group = 0; group < plan_.paged.size(); ++group) {
         const auto nobodys_page = static_cast<int32_t>(plan_.paged[group].num_blocks);
@@ -97,8 +98,7 @@ void StepInputs::fill_choices(std::span<const TokenChoice> choices, const StepSh
         const TokenChoice choice = row < choices.size() ? choices[row] : TokenChoice{&greedy, 0};
         const SamplingParams& params = *choice.sampling;
         block[at.temperature + row] = std::bit_cast<int32_t>(params.temperature);
-        block[at.top_k + row] =
-            static_cast<int32_t>(std::min(params.top_k.value_or(limits_.vocab_size), limits_.vocab_size));
+        block[at.top_k + row] = static_cast<int32_t>(std::min(params.top_k.value_or(vocab_size_), vocab_size_));
         block[at.top_p + row] = std::bit_cast<int32_t>(params.top_p);
         block[at.min_p + row] = std::bit_cast<int32_t>(params.min_p);
         std::memcpy(block + at.seed + 2 * row, &params.seed, sizeof(params.seed));
@@ -111,7 +111,7 @@ void StepInputs::fill_tiles(const StepBatch& batch, int32_t* tiles) const {
     std::vector<std::pair<int32_t, int32_t>> order;  // sequence, first query of the tile
     for (int32_t s = 0; s < batch.num_sequences(); ++s)
         for (int32_t first = 0; first < batch.first_token[s + 1] - batch.first_token[s];
-             first += static_cast<int32_t>(limits_.queries_per_tile))
+             first += static_cast<int32_t>(queries_per_tile_))
             order.emplace_back(s, first);
     std::ranges::stable_sort(order, std::greater{},
                              [&](const auto& tile) { return batch.context_tokens[tile.first] + tile.second; });
@@ -122,17 +122,18 @@ void StepInputs::fill_tiles(const StepBatch& batch, int32_t* tiles) const {
 }
 
 void StepInputs::copy(const StepShape& shape, const Arena& arena, Stream& stream) const {
-    stream.copy_to_device(arena.at(block_), host_.data(), layout(shape).size * static_cast<int64_t>(sizeof(int32_t)));
+    stream.copy_to_device(arena.at(block_), host_.data(), layout(shape).size * kI32Bytes);
 }
 
 StepInputs::Addresses StepInputs::addresses(const StepShape& shape, const Arena& arena) const {
     const Layout offsets = layout(shape);
-    const auto at = [&](int64_t offset) { return arena.at(block_, offset * static_cast<int64_t>(sizeof(int32_t))); };
+    const auto at = [&](int64_t offset) { return arena.at(block_, offset * kI32Bytes); };
     Addresses addresses{.token_ids = at(offsets.token_ids),
                         .positions = at(offsets.positions),
                         .token_sequence = at(offsets.token_sequence),
                         .first_token = at(offsets.first_token),
                         .context_tokens = at(offsets.context_tokens),
+                        .state_slot = at(offsets.state_slot),
                         .logits_token = at(offsets.logits_token),
                         .tiles = at(offsets.tiles),
                         .temperature = at(offsets.temperature),
@@ -159,6 +160,7 @@ StepInputs::Layout StepInputs::layout(const StepShape& shape) const {
                   .token_sequence = place(shape.num_tokens),
                   .first_token = place(shape.num_sequences + 1),
                   .context_tokens = place(shape.num_sequences),
+                  .state_slot = place(shape.num_sequences),
                   .logits_token = place(shape.num_logits),
                   .tiles = place(2 * shape.num_tiles),
                   .temperature = place(choices),

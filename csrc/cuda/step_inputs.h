@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/arena.h"
+#include "cuda/launch_sizes.h"
 #include "runtime/cache_plan.h"
 #include "runtime/model_step.h"
 
@@ -27,15 +28,8 @@ struct StepShape {
 // A step's integers, filled in on the host and copied to the device as one block.
 class StepInputs {
   public:
-    struct Limits {
-        int64_t max_step_tokens = 0;
-        int64_t max_sequences = 0;
-        int64_t max_logits_rows = 0;
-        int64_t vocab_size = 0;
-        int64_t queries_per_tile = 0;  // of prefill attention
-    };
-
-    StepInputs(const Device& device, const CachePlan& plan, const Limits& limits, Arena& arena);
+    StepInputs(const Device& device, const CachePlan& plan, const StepSizes& sizes, int64_t vocab_size,
+               int64_t queries_per_tile, Arena& arena);
 
     // Decode steps are filled up to a power of two, so that few shapes exist. What is added reads and writes a page
     // that no sequence owns, and has no queries in attention.
@@ -48,6 +42,7 @@ class StepInputs {
     struct Addresses {
         CUdeviceptr token_ids, positions, token_sequence;  // [T]
         CUdeviceptr first_token, context_tokens;           // [S + 1], [S]
+        CUdeviceptr state_slot;                            // [S]
         CUdeviceptr logits_token;                          // [L]
         CUdeviceptr tiles;                                 // [tiles, 2]
         // Of choices: [L], the seed of 64 bits, token_index a number and the others as in SamplingParams.
@@ -59,7 +54,7 @@ class StepInputs {
   private:
     // Offsets of the same arrays in the block, in integers.
     struct Layout {
-        int64_t token_ids, positions, token_sequence, first_token, context_tokens, logits_token, tiles;
+        int64_t token_ids, positions, token_sequence, first_token, context_tokens, state_slot, logits_token, tiles;
         int64_t temperature, top_k, top_p, min_p, seed, token_index;
         std::vector<int64_t> block_table;
         int64_t size;
@@ -70,7 +65,8 @@ class StepInputs {
     void fill_choices(std::span<const TokenChoice> choices, const StepShape& shape, int32_t* block) const;
 
     CachePlan plan_;
-    Limits limits_;
+    int64_t vocab_size_;
+    int64_t queries_per_tile_;  // of prefill attention
     Arena::Slice block_;
     PinnedMemory host_;
 };

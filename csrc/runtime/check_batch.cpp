@@ -28,6 +28,18 @@ void check_blocks(const StepBatch& batch, const CachePlan& plan, std::size_t gro
     }
 }
 
+void check_states(const StepBatch& batch, int64_t num_slots) {
+    std::vector<int32_t> slots = batch.state_slot;
+    std::ranges::sort(slots);
+    if (static_cast<int64_t>(slots.size()) != batch.num_sequences() || std::ranges::adjacent_find(slots) != slots.end())
+        throw Error("the batch has " + std::to_string(slots.size()) +
+                    " state slots, expected one of its own for each of " + std::to_string(batch.num_sequences()) +
+                    " sequences");
+    if (!slots.empty() && (slots.front() < 0 || slots.back() >= num_slots))
+        throw Error("the batch's state slots lie in " + std::to_string(slots.front()) + ".." +
+                    std::to_string(slots.back()) + ", the cache has " + std::to_string(num_slots));
+}
+
 }  // namespace
 
 void check_batch(const StepBatch& batch, const CachePlan& plan, const StepLimits& limits, int64_t num_logit_values) {
@@ -47,6 +59,7 @@ void check_batch(const StepBatch& batch, const CachePlan& plan, const StepLimits
         throw Error("the batch has block tables of " + std::to_string(batch.block_table.size()) +
                     " groups, the cache " + std::to_string(plan.paged.size()));
     for (std::size_t group = 0; group < plan.paged.size(); ++group) check_blocks(batch, plan, group);
+    if (plan.recurrent) check_states(batch, plan.recurrent->num_slots);
 }
 
 }  // namespace gemma2_fast

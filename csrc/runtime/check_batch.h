@@ -14,8 +14,9 @@ struct StepLimits {
     int64_t vocab_size = 0;
 };
 
-// Throws Error where a batch exceeds the limits, has logits of another size, or a page that a query may read or write
-// has no block: the scheduler may have been given other limits or another plan than the step.
+// Throws Error where a batch exceeds the limits, has logits of another size, a page that a query may read or write has
+// no block, or a sequence no state slot of its own: the scheduler may have been given other limits or another plan than
+// the step.
 void check_batch(const StepBatch& batch, const CachePlan& plan, const StepLimits& limits, int64_t num_logit_values);
 
 }  // namespace gemma2_fast
