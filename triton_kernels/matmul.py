@@ -13,16 +13,15 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from gemma2_fast.triton_kernels.lane_product import lane_product
 from gemma2_fast.triton_kernels.numerics import gelu_tanh
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.triton_kernels.tile_product import tile_product
 from gemma2_fast.triton_kernels.tuning import tuned
 from gemma2_fast.triton_kernels.weight_formats import (
-    BF16,
     FACTOR_TYPE,
     FORMATS,
     GROUP_COLS,
-    INT8,
     SCALE_TYPE,
     WEIGHT_TYPES,
     format_of,
@@ -32,51 +31,16 @@ MOST_TOKENS = 16
 
 
 @triton.jit
-def _one_token(
-    x, weight, scales, row, rows, cols,
-    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """[ROWS] float32. A thread adds up the 16 bytes of weights that it loads, then scales their sum: a tile of scales
-    has one number a group. Lanes meet at the end."""
-    SPAN: tl.constexpr = COLS if FORMAT == BF16 else GROUP
-    SPANS: tl.constexpr = COLS // SPAN
-    CHUNK: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
-    LANES: tl.constexpr = SPAN // CHUNK
-    span = tl.arange(0, SPANS)
-    lane = tl.arange(0, LANES)
-    first = (span * SPAN)[:, None] + (lane * CHUNK)[None, :]
-    column = first[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
-    present = row < rows
-    places = weight + row.to(tl.int64)[:, None, None, None] * cols + column[None, :, :, :]
-    groups = tl.cdiv(cols, GROUP)
-    scale_places = scales + row.to(tl.int64)[:, None] * groups + span[None, :]
-    sums = tl.zeros([ROWS, SPANS, LANES], tl.float32)
-    for begin in range(0, cols, COLS):
-        inside = begin + column < cols
-        weights = tl.load(
-            places + begin, mask=present[:, None, None, None] & inside[None, :, :, :], other=0.0,
-            eviction_policy="evict_first",
-        )  # fmt: skip
-        scale = 1.0
-        if FORMAT == INT8:
-            of_group = present[:, None] & (begin // GROUP + span < groups)[None, :]
-            scale = tl.load(scale_places + begin // GROUP, mask=of_group, other=0.0).to(tl.float32)[:, :, None]
-        values = tl.load(x + begin + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        sums += tl.sum(weights.to(tl.float32) * values[None, :, :, :], 3) * scale
-    return tl.sum(tl.sum(sums, 2), 1)
-
-
-@triton.jit
 def _sums(
-    x_rows, present, weight, scales, row, rows, cols,
+    x_rows, present, weight, scales, factors, row, rows, cols,
     FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, TOKENS] float32."""
     if TOKENS == 1:
-        sums = _one_token(x_rows, weight, scales, row, rows, cols, FORMAT, ROWS, COLS, GROUP)[:, None]
+        sums = lane_product(x_rows, weight, scales, factors, row, rows, cols, FORMAT, ROWS, COLS, GROUP)[:, None]
     else:
         sums = tile_product(
-            x_rows, present, weight, scales, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP, True
+            x_rows, present, weight, scales, factors, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP, True
         )  # fmt: skip
     return sums
 
@@ -90,9 +54,9 @@ def matmul_kernel(
     """out[t, r] = sum over c of weight[r, c] * x[t, c]; with GEGLU gelu_tanh(that of row r) * that of row rows + r.
 
     x [T, cols], T = num_tokens <= TOKENS, which is 1 or at least 16; with GATHER x has any number of rows, and
-    row_index [T] says which to take. out [T, rows]; weight [rows, cols], twice as many rows with GEGLU. FORMAT INT8:
-    codes, with scales [rows, cols / GROUP, rounded up]; COLS holds whole groups then, with several tokens just one.
-    Rounded once. Grid: (rows / ROWS, rounded up).
+    row_index [T] says which to take. out [T, rows]; weight, scales and factors as FORMAT has them (weight_formats.py),
+    of twice as many rows with GEGLU. But for bfloat16 COLS holds whole groups, with several tokens just one. Rounded
+    once. Grid: (rows / ROWS, rounded up).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
@@ -106,20 +70,22 @@ def matmul_kernel(
         if GATHER:
             x_row = tl.load(row_index + token, mask=present, other=0)
         x_rows = x + x_row.to(tl.int64) * cols
-    values = _sums(x_rows, present, weight, scales, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP)
+    values = _sums(x_rows, present, weight, scales, factors, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP)
     if GEGLU:
-        up = _sums(x_rows, present, weight, scales, rows + row, 2 * rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP)
+        up = _sums(
+            x_rows, present, weight, scales, factors, rows + row, 2 * rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP
+        )  # fmt: skip
         values = gelu_tanh(values) * up
     places = out + token.to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(places, values.to(out.dtype.element_ty), mask=present[None, :] & (row < rows)[:, None])
 
 
 def matmul(
-    x: Any, weight: Any, out: Any, scales: Any = None, *, geglu: bool = False, row_index: Any = None, rows: int = 8,
-    cols: int = 512, num_warps: int = 4, num_stages: int = 3,
+    x: Any, weight: Any, out: Any, scales: Any = None, factors: Any = None, *, geglu: bool = False,
+    row_index: Any = None, rows: int = 8, cols: int = 512, num_warps: int = 4, num_stages: int = 3,
 ) -> None:  # fmt: skip
-    """x [T, cols], T <= 16, or any number of rows, of which row_index [T] int32 says which to take; weight [rows or
-    2 rows, cols], with scales [rows or 2 rows, groups] int8 codes; out [T, rows].
+    """x [T, cols], T <= 16, or any number of rows, of which row_index [T] int32 says which to take; out [T, rows];
+    weight, scales and factors (weight_formats.py) of as many rows, with GEGLU of twice as many.
 
     rows and cols: of a block. Contiguous tensors on one device.
     """
@@ -127,10 +93,10 @@ def matmul(
     if num_tokens > MOST_TOKENS:
         raise ValueError(f"matmul: at most {MOST_TOKENS} tokens at once, got {num_tokens}")
     matmul_kernel[(triton.cdiv(num_rows, rows),)](
-        x, x if row_index is None else row_index, weight, x if scales is None else scales, x, out, num_rows,
-        x.shape[1], num_tokens, FORMAT=format_of(scales), GEGLU=geglu, GATHER=row_index is not None,
-        TOKENS=1 if num_tokens == 1 else MOST_TOKENS, ROWS=rows, COLS=cols, GROUP=GROUP_COLS, num_warps=num_warps,
-        num_stages=num_stages,
+        x, x if row_index is None else row_index, weight, x if scales is None else scales,
+        x if factors is None else factors, out, num_rows, x.shape[1], num_tokens, FORMAT=format_of(scales, factors),
+        GEGLU=geglu, GATHER=row_index is not None, TOKENS=1 if num_tokens == 1 else MOST_TOKENS, ROWS=rows, COLS=cols,
+        GROUP=GROUP_COLS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 

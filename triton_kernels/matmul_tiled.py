@@ -36,8 +36,8 @@ def matmul_tiled_kernel(
 ):  # fmt: skip
     """out[t, r] = sum over c of weight[r, c] * x[t, c], summed in float32, rounded once.
 
-    x [T, cols], T = num_tokens; out [T, rows]; weight [rows, cols]. FORMAT INT8: codes, with scales [rows,
-    cols / GROUP, rounded up], and COLS = GROUP.
+    x [T, cols], T = num_tokens; out [T, rows]; weight, scales and factors as FORMAT has them (weight_formats.py), but
+    for bfloat16 with COLS = GROUP.
     Grid: (T / TILE_TOKENS, rounded up, times rows / TILE_ROWS, rounded up).
     """
     token_tiles = tl.cdiv(num_tokens, TILE_TOKENS)
@@ -49,7 +49,7 @@ def matmul_tiled_kernel(
     row = place // neighbours * TILE_ROWS + tl.arange(0, TILE_ROWS)
     present = token < num_tokens
     sums = tile_product(
-        x + token.to(tl.int64) * cols, present, weight, scales, row, rows, cols,
+        x + token.to(tl.int64) * cols, present, weight, scales, factors, row, rows, cols,
         FORMAT, TILE_TOKENS, TILE_ROWS, COLS, GROUP, False,
     )  # fmt: skip
     places = out + token.to(tl.int64)[None, :] * rows + row[:, None]
@@ -57,19 +57,19 @@ def matmul_tiled_kernel(
 
 
 def matmul_tiled(
-    x: Any, weight: Any, out: Any, scales: Any = None, *, tile_tokens: int = 128, tile_rows: int = 128, cols: int = 64,
-    num_warps: int = 8, num_stages: int = 3,
+    x: Any, weight: Any, out: Any, scales: Any = None, factors: Any = None, *, tile_tokens: int = 128,
+    tile_rows: int = 128, cols: int = 64, num_warps: int = 8, num_stages: int = 3,
 ) -> None:  # fmt: skip
-    """x [T, cols]; weight [rows, cols], with scales [rows, groups] int8 codes; out [T, rows].
+    """x [T, cols]; weight, scales and factors (weight_formats.py) of [rows, cols]; out [T, rows].
 
     cols: of a block. Contiguous tensors on one device.
     """
     num_tokens, num_rows = out.shape
     tiles = triton.cdiv(num_tokens, tile_tokens) * triton.cdiv(num_rows, tile_rows)
     matmul_tiled_kernel[(tiles,)](
-        x, weight, x if scales is None else scales, x, out, num_rows, x.shape[1], num_tokens,
-        FORMAT=format_of(scales), TILE_TOKENS=tile_tokens, TILE_ROWS=tile_rows, COLS=cols, GROUP=GROUP_COLS,
-        num_warps=num_warps, num_stages=num_stages,
+        x, weight, x if scales is None else scales, x if factors is None else factors, out, num_rows,
+        x.shape[1], num_tokens, FORMAT=format_of(scales, factors), TILE_TOKENS=tile_tokens, TILE_ROWS=tile_rows,
+        COLS=cols, GROUP=GROUP_COLS, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 

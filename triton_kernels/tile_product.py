@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemma2_fast.triton_kernels.weight_formats import BF16
+from gemma2_fast.triton_kernels.weight_formats import BF16, INT4
 
 
 @triton.jit
 def tile_product(
-    x_rows, present, weight, scales, row, rows, cols,
+    x_rows, present, weight, scales, factors, row, rows, cols,
     FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
     STREAMED: tl.constexpr,
 ):  # fmt: skip
@@ -20,24 +20,58 @@ def tile_product(
     first, as the matrix units take converted ones from registers there. STREAMED: no other program reads these weights.
     """
     tl.static_assert(FORMAT == BF16 or COLS == GROUP, "a block of columns must be a group")
-    columns = tl.arange(0, COLS)
-    exists = row < rows
-    places = weight + row.to(tl.int64)[:, None] * cols + columns[None, :]
-    scale_places = scales + row.to(tl.int64) * tl.cdiv(cols, GROUP)
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     for begin in range(0, cols, COLS):
-        inside = begin + columns < cols
-        weights = tl.load(
-            places + begin, mask=exists[:, None] & inside[None, :], other=0.0,
-            eviction_policy="evict_first" if STREAMED else "",
-        )  # fmt: skip
-        values = tl.load(
-            x_rows[None, :] + (begin + columns)[:, None], mask=present[None, :] & inside[:, None], other=0.0,
-            eviction_policy="evict_last" if STREAMED else "",
-        )  # fmt: skip
         if FORMAT == BF16:
-            sums = tl.dot(weights, values, sums)
+            weights = _numbers(weight, row, rows, cols, begin, COLS, STREAMED)
+            sums = tl.dot(weights, _values(x_rows, present, cols, begin, COLS, STREAMED), sums)
         else:
-            scale = tl.load(scale_places + begin // GROUP, mask=exists, other=0.0).to(tl.float32)
-            sums += tl.dot(weights.to(values.dtype), values) * scale[:, None]
+            group = row.to(tl.int64) * tl.cdiv(cols, GROUP) + begin // GROUP
+            scale = tl.load(scales + group, mask=row < rows, other=0.0).to(tl.float32)
+            if FORMAT == INT4:
+                low, high = _codes(weight, factors, group, row < rows, GROUP // 2, STREAMED)
+                values = _values(x_rows, present, cols, begin, GROUP // 2, STREAMED)
+                products = tl.dot(low.to(values.dtype), values)
+                values = _values(x_rows, present, cols, begin + GROUP // 2, GROUP // 2, STREAMED)
+                products = tl.dot(high.to(values.dtype), values, products)
+            else:
+                values = _values(x_rows, present, cols, begin, COLS, STREAMED)
+                products = tl.dot(_numbers(weight, row, rows, cols, begin, COLS, STREAMED).to(values.dtype), values)
+            sums += products * scale[:, None]
     return sums
+
+
+@triton.jit
+def _values(x_rows, present, cols, begin, COLS: tl.constexpr, STREAMED: tl.constexpr):
+    """[COLS, TOKENS]"""
+    column = begin + tl.arange(0, COLS)
+    return tl.load(
+        x_rows[None, :] + column[:, None], mask=present[None, :] & (column < cols)[:, None], other=0.0,
+        eviction_policy="evict_last" if STREAMED else "",
+    )  # fmt: skip
+
+
+@triton.jit
+def _numbers(weight, row, rows, cols, begin, COLS: tl.constexpr, STREAMED: tl.constexpr):
+    """[ROWS, COLS], as they are stored."""
+    column = begin + tl.arange(0, COLS)
+    places = weight + row.to(tl.int64)[:, None] * cols + column[None, :]
+    return tl.load(
+        places, mask=(row < rows)[:, None] & (column < cols)[None, :], other=0.0,
+        eviction_policy="evict_first" if STREAMED else "",
+    )  # fmt: skip
+
+
+@triton.jit
+def _codes(weight, factors, group, exists, BYTES: tl.constexpr, STREAMED: tl.constexpr):
+    """factor * (code - 8) of the two halves of a group, each [ROWS, BYTES] int8: integers that bfloat16 holds."""
+    pair = tl.arange(0, 2)
+    places = (pair * (BYTES // 2))[:, None] + tl.arange(0, BYTES // 2)[None, :]
+    packed = tl.load(
+        weight + group[:, None, None] * BYTES + places[None, :, :], mask=exists[:, None, None], other=0,
+        eviction_policy="evict_first" if STREAMED else "",
+    )  # fmt: skip
+    factor = tl.load(factors + group[:, None] * 2 + pair[None, :], mask=exists[:, None], other=0)[:, :, None]
+    low = ((packed & 15).to(tl.int8) - 8) * ((factor & 15).to(tl.int8) - 8)
+    high = ((packed >> 4).to(tl.int8) - 8) * ((factor >> 4).to(tl.int8) - 8)
+    return tl.reshape(low, [group.shape[0], BYTES]), tl.reshape(high, [group.shape[0], BYTES])

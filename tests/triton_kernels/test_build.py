@@ -35,6 +35,7 @@ FULL = build.SPILLS_CHECKED_ON
 CASES = [(s.name, FULL) for s in build.needed(FULL)]
 CASES += [(largest(op, arch), arch) for arch in build.TARGETS if arch != FULL for op in build.OPS]
 MATMUL_INT8 = "matmul_format1_geglu0_gather0_tokens1_group128_rows8_cols1024_bf16_i32_i8_u8"
+MATMUL_INT4 = "matmul_format2_geglu0_gather0_tokens1_group128_rows8_cols2048_bf16_i32_u8"
 PREFILL = "attention_prefill_capped{}_windowed1_group2_head_dim256_page64_tile128_block32_bf16_i32"
 DECODE = "attention_decode_capped{}_windowed1_group2_head_dim256_page64_rows16_block64_bf16_i32_fp32"
 
@@ -94,6 +95,14 @@ def test_a_scale_is_loaded_for_many_weights(compilation: Compilation) -> None:
     """Of one token: for the 16 codes of a load, which all lie in one group."""
     ptx = compilation.of(MATMUL_INT8, FULL).ptx
     assert 0 < len(re.findall(r"ld\.global\S*\.b16", ptx)) <= len(re.findall(r"ld\.global\S*evict_first\S*\.v4", ptx))
+
+
+def test_int4_codes_become_numbers_without_a_conversion(compilation: Compilation) -> None:
+    """Of one token: their bits become those of a float, 128 codes a thread and round; only factors are converted."""
+    ptx = compilation.of(MATMUL_INT4, FULL).ptx
+    assert ptx.count("1258291200") >= 128  # 0x4B000000
+    assert len(re.findall(r"cvt\.rn\.f32\.s", ptx)) <= 8
+    assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32", ptx)) == 4
 
 
 def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from gemma2_fast.triton_kernels.embed import embed
+from tests.ops.plain import Floats
+from tests.triton_kernels.stored_rows import StoredRows
 
 
 @pytest.mark.parametrize("width", [1, 64, 130])
@@ -18,12 +20,18 @@ def test_rows_are_scaled(width: int) -> None:
     np.testing.assert_array_equal(out.numpy(), table[ids] * np.float32(1.5))
 
 
-def test_codes_have_a_scale_a_group() -> None:
-    rng = np.random.default_rng(0)
-    codes = rng.integers(-127, 128, (5, 200)).astype(np.int8)
-    scales = rng.uniform(0.01, 0.02, (5, 2)).astype(np.float32)
-    ids = np.array([4, 1], np.int32)
-    out = torch.full((2, 200), torch.nan)
-    given = (torch.from_numpy(ids), torch.from_numpy(codes), 2.0, out, torch.from_numpy(scales))
-    embed(*given, block=64)
-    np.testing.assert_array_equal(out.numpy(), codes[ids] * np.repeat(scales, 128, axis=1)[ids, :200] * np.float32(2))
+@pytest.mark.parametrize("name", ["INT8_G128", "INT4_G32"])
+@pytest.mark.parametrize("width", [64, 128, 300])
+def test_codes(name: str, width: int) -> None:
+    stored = StoredRows.make(name, 70, width)
+    ids = np.array([69, 1, 64], np.int32)
+
+    def ours(weight: torch.Tensor, **others: torch.Tensor) -> Floats:
+        out = torch.full((3, width), torch.nan)
+        embed(torch.from_numpy(ids), weight, 2.0, out, **others, block=64)
+        return out.numpy()
+
+    exact = stored.exact[ids] * np.float32(2)
+    np.testing.assert_array_equal(ours(**stored.arrays), exact)
+    for wrong in stored.mutants():
+        assert (ours(**wrong) != exact).any()

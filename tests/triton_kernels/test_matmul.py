@@ -12,6 +12,7 @@ from gemma2_fast.triton_kernels import matmul as kernel
 from tests.ops import plain
 from tests.ops.plain import Floats
 from tests.support.closeness import assert_close, assert_rejected
+from tests.triton_kernels.stored_rows import StoredRows, before_nan
 
 # gelu(x) of a large negative x divides by infinity, which is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
@@ -57,22 +58,36 @@ def test_shapes(tokens: int, rows: int, cols: int, geglu: bool) -> None:
 
 @pytest.mark.parametrize("geglu", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("name", ["INT8_G128", "INT4_G32"])
 @pytest.mark.parametrize(("cols", "block"), [(128, 128), (200, 128), (384, 128), (384, 256), (520, 512)])
-def test_int8(tokens: int, cols: int, block: int, geglu: bool) -> None:
+def test_codes(name: str, cols: int, block: int, tokens: int, geglu: bool) -> None:
     """Groups of 128, the last of which may be shorter; of one token a block may hold several."""
-    block = block if tokens == 1 else 128
-    rows, groups = 20, -(-cols // 128)
-    rng = np.random.default_rng(cols)
-    codes = rng.integers(-127, 128, (rows * (1 + geglu), cols)).astype(np.int8)
-    scales = rng.uniform(0.01, 0.02, (len(codes), groups)).astype(np.float32)
-    weight = codes * np.repeat(scales, 128, axis=1)[:, :cols]
-    x = draw(tokens, cols)
-    exact, usual = plain.exact_and_plain(product, x, weight, geglu=geglu)
-    ours = matmul(x, codes, rows, scales, geglu=geglu, rows=16, cols=block)
-    assert_close("matmul triton", ours, exact, usual)
-    for axis in (0, 1) if groups > 1 else (0,):
-        wrong_group = codes * np.repeat(np.roll(scales, 1, axis), 128, axis=1)[:, :cols]
-        assert_rejected("matmul triton", product(x, wrong_group, geglu), exact, usual)
+    rows, x = 20, draw(tokens, cols) / 4  # gates of a few units: far out, the exponent's rounding is all there is
+    stored = StoredRows.make(name, rows * (1 + geglu), cols)
+    exact, usual = plain.exact_and_plain(product, x, stored.exact, geglu=geglu)
+
+    def ours(arrays: dict[str, torch.Tensor]) -> Floats:
+        out = torch.full((tokens, rows), torch.nan)
+        how = {"geglu": geglu, "rows": 16, "cols": block if tokens == 1 else 128}
+        kernel.matmul(before_nan(torch.from_numpy(x)), out=out, **arrays, **how)
+        return out.numpy()
+
+    assert_close("matmul triton", ours(stored.arrays), exact, usual)
+    for wrong in stored.mutants() if cols == 384 else ():
+        assert_rejected("matmul triton", ours(wrong), exact, usual)
+
+
+def test_int4_by_hand() -> None:
+    """A scale of 2; codes 9 and 15, 1 and 7 after the shift, of columns 0 and 64, factors 1 and -3 of their groups."""
+    codes, factors = np.full((1, 1, 64), 0x88, np.uint8), np.full((1, 1, 2), 0x88, np.uint8)
+    codes[0, 0, 0], factors[0, 0, 0] = 0xF9, 0x59
+    arrays = (torch.from_numpy(codes), torch.tensor([[2.0]]), torch.from_numpy(factors))
+    for tokens in (1, 2):
+        x = torch.zeros((tokens, 128))
+        x[:, 0], x[:, 64] = 10, 100
+        out = torch.full((tokens, 1), torch.nan)
+        kernel.matmul(x, arrays[0], out, *arrays[1:], rows=16, cols=128)
+        assert out.flatten().tolist() == [2 * 1 * 1 * 10 + 2 * -3 * 7 * 100] * tokens
 
 
 @pytest.mark.parametrize("wanted", [[4], [0, 4, 2], [6, 6]])

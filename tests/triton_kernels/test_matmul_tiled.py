@@ -12,6 +12,7 @@ from gemma2_fast.triton_kernels import matmul_tiled as kernel
 from tests.ops import plain
 from tests.ops.plain import Floats
 from tests.support.closeness import assert_close, assert_rejected
+from tests.triton_kernels.stored_rows import StoredRows, before_nan
 
 SMALL = {"tile_tokens": 16, "tile_rows": 32, "cols": 64}
 
@@ -51,17 +52,19 @@ def test_shapes(tokens: int, rows: int, cols: int) -> None:
 
 
 @pytest.mark.parametrize("cols", [128, 200, 384])
-def test_int8(cols: int) -> None:
-    rng = np.random.default_rng(cols)
-    codes = rng.integers(-127, 128, (40, cols)).astype(np.int8)
-    scales = rng.uniform(0.01, 0.02, (len(codes), -(-cols // 128))).astype(np.float32)
-    weight = codes * np.repeat(scales, 128, axis=1)[:, :cols]
-    x = draw(20, cols)
-    exact, usual = plain.exact_and_plain(product, x, weight)
-    assert_close("matmul triton", matmul(x, codes, scales, **{**SMALL, "cols": 128}), exact, usual)
-    for axis in (0, 1) if scales.shape[1] > 1 else (0,):
-        wrong_group = codes * np.repeat(np.roll(scales, 1, axis), 128, axis=1)[:, :cols]
-        assert_rejected("matmul triton", product(x, wrong_group), exact, usual)
+@pytest.mark.parametrize("name", ["INT8_G128", "INT4_G32"])
+def test_codes(name: str, cols: int) -> None:
+    x, stored = draw(20, cols), StoredRows.make(name, 40, cols)
+    exact, usual = plain.exact_and_plain(product, x, stored.exact)
+
+    def ours(arrays: dict[str, torch.Tensor]) -> Floats:
+        out = torch.full((20, 40), torch.nan)
+        kernel.matmul_tiled(before_nan(torch.from_numpy(x)), out=out, **arrays, **{**SMALL, "cols": 128})
+        return out.numpy()
+
+    assert_close("matmul triton", ours(stored.arrays), exact, usual)
+    for wrong in stored.mutants():
+        assert_rejected("matmul triton", ours(wrong), exact, usual)
 
 
 def test_a_token_does_not_feel_the_others() -> None:

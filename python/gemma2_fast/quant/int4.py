@@ -128,13 +128,21 @@ def _centred(nibbles: Bytes) -> NDArray[np.int8]:
     return nibbles.view(np.int8) - np.int8(8)
 
 
+def stored_codes(blocks: Bytes) -> Bytes:
+    """[N, 64, 128], a code 0..15 a byte."""
+    packed = blocks[:, :_NIBBLE_BYTES].reshape(len(blocks), -1, 2, 16, 4)
+    return in_rows(np.stack([packed & 15, packed >> 4], axis=3).reshape(len(blocks), -1, STRIP_ROWS, 4))
+
+
+def stored_factors(blocks: Bytes) -> Bytes:
+    """factor + 8 of each 32 columns, [N, 64, 4], a byte each."""
+    pairs = blocks[:, _NIBBLE_BYTES : _NIBBLE_BYTES + _FACTOR_BYTES].reshape(len(blocks), 2, STRIP_ROWS)
+    return np.stack([pairs & 15, pairs >> 4], axis=2).reshape(len(blocks), _GROUPS, STRIP_ROWS).swapaxes(1, 2)
+
+
 def _unpack(blocks: Bytes) -> Floats:
-    packed, pairs = np.split(blocks[:, : -2 * STRIP_ROWS], [_NIBBLE_BYTES], axis=1)
-    packed = packed.reshape(len(blocks), -1, 2, 16, 4)
-    codes = np.stack([packed & 15, packed >> 4], axis=3).reshape(len(blocks), -1, STRIP_ROWS, 4)
-    pairs = pairs.reshape(len(blocks), 2, STRIP_ROWS)
-    factors = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(len(blocks), _GROUPS, STRIP_ROWS).swapaxes(1, 2)
-    return _centred(in_rows(codes)) * np.repeat(_centred(factors), _GROUP, axis=2) * scales_of(blocks)
+    factors = np.repeat(_centred(stored_factors(blocks)), _GROUP, axis=2)
+    return _centred(stored_codes(blocks)) * factors * scales_of(blocks)
 
 
 def _pack(weights: Floats) -> Bytes:

@@ -6,6 +6,7 @@ A block holds codes [32][64][4], four of a row after four of the row before, the
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2_fast.quant.format import Bytes, Floats
 from gemma2_fast.quant.strips import STRIP_ROWS, in_fours, in_rows, scale_bytes, scales_of, strip_format
@@ -14,9 +15,14 @@ _GROUP = 128
 _CODE_BYTES = _GROUP * STRIP_ROWS
 
 
-def _unpack(blocks: Bytes) -> Floats:
+def signed_codes(blocks: Bytes) -> NDArray[np.int8]:
+    """code - 128, [N, 64, 128]."""
     codes = in_rows(blocks[:, :_CODE_BYTES].reshape(-1, _GROUP // 4, STRIP_ROWS, 4))
-    return (codes ^ np.uint8(128)).view(np.int8) * scales_of(blocks)
+    return (codes ^ np.uint8(128)).view(np.int8)
+
+
+def _unpack(blocks: Bytes) -> Floats:
+    return signed_codes(blocks) * scales_of(blocks)
 
 
 def _pack(weights: Floats) -> Bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma2_fast.errors import WeightsError
 from gemma2_fast.quant.bf16 import BF16
@@ -44,9 +45,14 @@ def strip_format(
     )
 
 
+def stored_scales(blocks: Bytes) -> NDArray[np.uint16]:
+    """The scales behind the codes, the bits of bfloat16, [N, 64]."""
+    return np.ascontiguousarray(blocks[:, -SCALE_BYTES:]).view("<u2")
+
+
 def scales_of(blocks: Bytes) -> Floats:
     """The scales behind the codes, float32 [N, 64, 1]."""
-    return BF16.unpack(blocks[:, -SCALE_BYTES:].reshape(-1, 2)).reshape(-1, STRIP_ROWS, 1)
+    return BF16.unpack(stored_scales(blocks).view(np.uint8).reshape(-1, 2)).reshape(-1, STRIP_ROWS, 1)
 
 
 def scale_bytes(scales: Floats) -> Bytes:
