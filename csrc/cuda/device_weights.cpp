@@ -7,7 +7,8 @@ namespace gemma2_fast {
 namespace {
 
 constexpr int64_t kScaleCols = 128;  // columns that share a scale
-constexpr int64_t kFactorBytes = 2;  // of the four factors that share one
+constexpr int64_t kCodeBytes = 64;   // of their codes of four bits
+constexpr int64_t kFactorBytes = 2;  // of their four factors
 constexpr int64_t kMultiple = 16;    // what kernels were promised of rows and columns
 
 struct RowBytes {
@@ -22,7 +23,7 @@ RowBytes row_bytes(DeviceFormat format, int64_t cols) {
         case DeviceFormat::kInt8:
             return {cols, kBF16Bytes * groups, 0};
         case DeviceFormat::kInt4:
-            return {cols / 2, kBF16Bytes * groups, kFactorBytes * groups};
+            return {kCodeBytes * groups, kBF16Bytes * groups, kFactorBytes * groups};
     }
     throw Error("a weight format that the device does not know");
 }

@@ -12,7 +12,7 @@ namespace gemma2_fast {
 enum class DeviceFormat : int64_t {
     kBF16 = 0,
     kInt8 = 1,  // codes, and a bfloat16 scale for 128 columns
-    kInt4 = 2,  // two codes a byte, the same scales, and a factor of four bits for 32 columns
+    kInt4 = 2,  // codes of four bits, the same scales, and a factor of four bits for 32 columns
 };
 
 struct DeviceMatrix {

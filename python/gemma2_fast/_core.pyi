@@ -314,6 +314,10 @@ class GraphStep(ModelStep):
     def upload(self, name: str, part: str, data: NDArray[np.uint8]) -> None:
         """part: "weight", "scales" or "factors" of a tensor, by canonical name."""
 
+    @property
+    def float32_tensors(self) -> set[str]:
+        """Tensors that are uploaded as float32; all others are matrices in their format."""
+
     def finish_upload(self) -> None:
         """Error that names what is missing."""
 

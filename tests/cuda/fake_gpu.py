@@ -6,12 +6,14 @@ ones. The interpreter multiplies bfloat16 matrices by their bit patterns; here t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
 import subprocess
+import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,8 @@ class FakeGpu:
         self.specialisations = {s.name: s for s in specialisations}
         self.computes = computes
         self.launches: list[Launch] = []
+        self._running, self._reached = threading.Event(), threading.Event()
+        self._running.set()
         self._callback = _RunKernel(self._run)
         self.library.fake_reset(self._callback)
 
@@ -106,12 +110,24 @@ class FakeGpu:
         """Lets calls of a driver's function end in an error, from the one after `after` more on."""
         self.library.fake_fail(function.encode(), after, error)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[threading.Event]:
+        """Lets the next launch wait for the end of the block; the event says that it is there."""
+        self._reached.clear()
+        self._running.clear()
+        try:
+            yield self._reached
+        finally:
+            self._running.set()
+
     def num_allocations(self) -> int:
         return int(self.library.fake_num_allocations())
 
     def _run(
         self, symbol: bytes, grid: Any, threads: int, shared_bytes: int, dependent: int, values: Any, num_values: int
     ) -> int:
+        self._reached.set()
+        self._running.wait()
         specialisation = self.specialisations[symbol.decode()]
         kinds = {name: kind for name, kind in specialisation.signature().items() if kind != "constexpr"}
         raw = [values[i] for i in range(num_values)]

@@ -64,9 +64,5 @@ class Loop:
         assert events[-1].finish_reason == "length", events[-1].message
         return events
 
-    def generate(self, prompts: list[list[int]], **asked: Any) -> list[list[int]]:
-        """The tokens after each prompt."""
-        sequences = [self.submit(prompt, **asked) for prompt in prompts]
-        return [
-            [event.token_id for event in self.finish(sequence) if event.token_id is not None] for sequence in sequences
-        ]
+    def tokens(self, sequence: int) -> list[int]:
+        return [event.token_id for event in self.finish(sequence) if event.token_id is not None]

@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
-from gemma2_fast.engine.device_weights import device_parts
+from gemma2_fast.engine.device_weights import device_format, device_parts
 from gemma2_fast.engine.engine import core_cache_plan, core_spec
 from gemma2_fast.spec import AttentionSpec, ModelSpec
 from gemma2_fast.triton_kernels import build
@@ -69,7 +69,7 @@ def gpu_step(gpu: FakeGpu, model: TinyModel, plan: CachePlan, uploads: bool = Tr
         "device": gpu.device(),
         "spec": core_spec(model.spec),
         "plan": core_cache_plan(plan),
-        "formats": dict.fromkeys(matrices, "bfloat16"),
+        "formats": {name: device_format(model.weights[name]) for name in matrices},
         "kernels": gpu.images(),
         "max_step_tokens": plan.max_step_tokens,
         "max_logits_rows": plan.max_step_tokens,
@@ -79,7 +79,7 @@ def gpu_step(gpu: FakeGpu, model: TinyModel, plan: CachePlan, uploads: bool = Tr
     step = _core.GraphStep(**{**arguments, **changes})
     if uploads:
         for name, tensor in model.weights.items():
-            for part, data in device_parts(tensor).items():
+            for part, data in device_parts(tensor, name in step.float32_tensors).items():
                 step.upload(name, part, data)
         step.finish_upload()
     step.poison_cache()

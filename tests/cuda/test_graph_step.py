@@ -48,6 +48,16 @@ def reference(model: TinyModel, token_ids: list[int], dtype: torch.dtype) -> Flo
     return ReferenceModel(model.spec, model.weights, dtype).logits(token_ids).float().numpy()
 
 
+def submit_together(gpu: FakeGpu, loop: Loop, asked: list[dict[str, Any]]) -> list[int]:
+    """All in one step from the first on, whatever the loop's thread does in the meantime."""
+    with gpu.paused() as reached:
+        first = loop.submit([2], max_tokens=1)
+        assert reached.wait(60)
+        sequences = [loop.submit(**request) for request in asked]
+    loop.finish(first)
+    return sequences
+
+
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
 def test_logits_are_those_of_the_reference(family: str, driver_library: Path, tmp_path: Path) -> None:
     """A prompt in chunks of many tokens and of few, past the window of nine keys by more than a page of sixteen; both
@@ -67,22 +77,24 @@ def test_logits_are_those_of_the_reference(family: str, driver_library: Path, tm
 def test_graphs_give_the_bits_of_single_launches(gemma2: TinyModel, driver_library: Path) -> None:
     """Three sequences, filled up to four, in one graph that is replayed."""
     results = []
+    asked = [{"token_ids": ids(3 + i, i), "max_tokens": 4, "logprobs": True} for i in range(3)]
     for captures in (True, False):
         gpu, loop = gpu_loop(gemma2, driver_library, captures)
         with loop:
-            sequences = [loop.submit(ids(3 + i, i), max_tokens=4, logprobs=True) for i in range(3)]
+            sequences = submit_together(gpu, loop, asked)
             results.append([[(e.token_id, e.logprob.logprob) for e in loop.finish(s)] for s in sequences])  # type: ignore[union-attr]
         calls = gpu.calls()
-        assert calls.count("cuGraphInstantiate") == (1 if captures else 0)
-        assert calls.count("cuGraphLaunch") == (3 if captures else 0)
+        assert calls.count("cuGraphInstantiate") == (2 if captures else 0)  # the first request's, and that of all three
+        assert calls.count("cuGraphLaunch") == (4 if captures else 0)
     assert results[0] == results[1]
 
 
 def test_a_batch_gives_the_tokens_of_its_members(gemma2: TinyModel, driver_library: Path) -> None:
-    prompts = [ids(5, 1), ids(12, 2)]
-    with gpu_loop(gemma2, driver_library)[1] as loop:
-        together = loop.generate(prompts, max_tokens=5)
-        alone = [loop.generate([prompt], max_tokens=5)[0] for prompt in prompts]
+    asked = [{"token_ids": ids(count, count), "max_tokens": 4} for count in (5, 12)]
+    gpu, loop = gpu_loop(gemma2, driver_library)
+    with loop:
+        together = [loop.tokens(sequence) for sequence in submit_together(gpu, loop, asked)]
+        alone = [loop.tokens(loop.submit(**request)) for request in asked]
     assert together == alone
     assert together[0] != together[1]
 
@@ -101,13 +113,15 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(gemma2: TinyModel, dr
     chosen = []
     with loop:
         for logprobs in (True, False):
-            before = len(gpu.launches)
-            sequences = [
-                loop.submit(ids(4, i), max_tokens=3, logprobs=logprobs, **rule) for i, rule in enumerate(RULES.values())
+            asked = [
+                {"token_ids": ids(4, i), "max_tokens": 3, "logprobs": logprobs, **rule}
+                for i, rule in enumerate(RULES.values())
             ]
-            chosen.append([[event.token_id for event in loop.finish(sequence)] for sequence in sequences])
-            draws = sum(launch.symbol.startswith("sample_draw") for launch in gpu.launches[before:])
-            assert draws == (0 if logprobs else 3)
+            sequences = submit_together(gpu, loop, asked)
+            before = len(gpu.launches)
+            chosen.append([loop.tokens(sequence) for sequence in sequences])
+            draws = [launch.symbol.startswith("sample_draw") for launch in gpu.launches[before:]]
+            assert any(draws) is not logprobs
     assert chosen[0] == chosen[1]
     assert len({tuple(tokens) for tokens in chosen[0]}) == len(RULES)
 
@@ -118,8 +132,8 @@ def test_the_host_chooses_what_the_device_cannot(gemma2: TinyModel, driver_libra
     rule = {"temperature": 50.0, "top_k": 300, "max_tokens": 2}
     with loop:
         row_bytes = 4 * loop.vocab_size
-        ours = loop.generate([ids(4)], seed=11, **rule)
+        ours = loop.tokens(loop.submit(ids(4), seed=11, **rule))
         copied = gpu.calls().count(f"cuMemcpyDtoHAsync {row_bytes}")
-        assert ours == loop.generate([ids(4)], seed=11, logprobs=True, **rule)
-        assert ours != loop.generate([ids(4)], seed=12, **rule)
+        assert ours == loop.tokens(loop.submit(ids(4), seed=11, logprobs=True, **rule))
+        assert ours != loop.tokens(loop.submit(ids(4), seed=12, **rule))
     assert copied == 2

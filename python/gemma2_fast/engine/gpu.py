@@ -34,7 +34,7 @@ def gpu_step(
     )
     with byte_bar("uploading", weights, progress) as bar:
         for name, tensor in weights.items():
-            for part, data in device_parts(tensor).items():
+            for part, data in device_parts(tensor, name in step.float32_tensors).items():
                 step.upload(name, part, data)
             bar.update(tensor.num_bytes)
     step.finish_upload()

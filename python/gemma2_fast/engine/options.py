@@ -173,8 +173,6 @@ def _activations(wanted: str, backend: str, quantized: bool) -> str:
     return "int8"
 
 
-
-
 def _plan_cache(
     spec: ModelSpec, options: EngineOptions, kv_dtype: str, max_seq_len: int, step_tokens: int, room: CacheRoom
 ) -> CachePlan:
