@@ -38,9 +38,10 @@ const float* RecurrentMixer::run(const CpuRecurrent& layer, const StepBatch& bat
     threads.parallel_for(num_blocks, [&](int64_t block, int) { convolve(layer, batch, block); });
     const int64_t parts = divide_up(block_width, kChannelsPerTask);
     threads.parallel_for(num_blocks * parts, [&](int64_t task, int thread) {
-        const int64_t first = task % parts * kChannelsPerTask;
-        recur(layer, batch, task / parts * block_width + first, std::min(kChannelsPerTask, block_width - first),
-              scratch_.data() + thread * scratch_floats_);
+        const int64_t block_first = task / parts * block_width, part_first = task % parts * kChannelsPerTask;
+        const Channels channels{block_first + part_first, std::min(kChannelsPerTask, block_width - part_first),
+                                block_first, block_width};
+        recur(layer, batch, channels, scratch_.data() + thread * scratch_floats_);
     });
     return gates_.data();
 }
@@ -68,45 +69,59 @@ void RecurrentMixer::convolve(const CpuRecurrent& layer, const StepBatch& batch,
     }
 }
 
-// Some channels of one gate block, for every token: both gates, the recurrence, and the product with the other branch.
-void RecurrentMixer::recur(const CpuRecurrent& layer, const StepBatch& batch, int64_t first_channel,
-                           int64_t num_channels, float* scratch) {
-    const int64_t width = group_.width, block_width = width / layer.spec.num_gate_blocks;
-    const int64_t block_channel = first_channel / block_width * block_width;
-    const float* conv = conv_.data() + block_channel * batch.num_tokens();
+// Some channels for every token: both gates, the recurrence, and the product with the other branch.
+void RecurrentMixer::recur(const CpuRecurrent& layer, const StepBatch& batch, const Channels& channels,
+                           float* scratch) {
+    const int64_t width = group_.width;
     float* input_gate = scratch + matmul_scratch_floats_;
     float* recurrence_gate = input_gate + kTokensAtOnce * kChannelsPerTask;
-    const auto compute = [&](const Gate& gate, int64_t first, int64_t count, float* out) {
-        kernels_.matmul(gate.blocks, first_channel, first_channel + num_channels, conv + first * block_width, count,
-                        out - first_channel, kChannelsPerTask, scratch);
-        for (int64_t t = 0; t < count; ++t)
-            kernels_.add(gate.bias.data() + first_channel, num_channels, out + t * kChannelsPerTask);
-    };
     for (int64_t first = 0; first < batch.num_tokens(); first += kTokensAtOnce) {
         const int64_t end = std::min(first + kTokensAtOnce, batch.num_tokens());
-        compute(layer.input_gate, first, end - first, input_gate);
-        compute(layer.recurrence_gate, first, end - first, recurrence_gate);
-        for (int64_t s = 0; s < batch.num_sequences(); ++s) {
-            const int64_t begin = std::max<int64_t>(first, batch.first_token[s]);
-            const int64_t stop = std::min<int64_t>(end, batch.first_token[s + 1]);
-            if (begin >= stop) continue;
-            kernels_.rg_lru({.x = conv + begin * block_width + first_channel - block_channel,
-                             .x_stride = block_width,
-                             .input_gate = input_gate + (begin - first) * kChannelsPerTask,
-                             .recurrence_gate = recurrence_gate + (begin - first) * kChannelsPerTask,
-                             .gate_stride = kChannelsPerTask,
-                             .log_decay = layer.log_decay.data() + first_channel,
-                             .state = state(layer, batch.state_slot[s]) + first_channel,
-                             .starts = batch.positions[begin] == 0,
-                             .num_tokens = stop - begin,
-                             .num_channels = num_channels,
-                             .out = inputs_.data() + begin * width + first_channel,
-                             .out_stride = width});
-        }
+        const float* conv = conv_.data() + channels.block_first * batch.num_tokens() + first * channels.block_width;
+        compute_gate(layer.input_gate, channels, conv, end - first, input_gate, scratch);
+        compute_gate(layer.recurrence_gate, channels, conv, end - first, recurrence_gate, scratch);
+        RgLruTask task;
+        task.x = conv + channels.first - channels.block_first;
+        task.x_stride = channels.block_width;
+        task.input_gate = input_gate;
+        task.recurrence_gate = recurrence_gate;
+        task.gate_stride = kChannelsPerTask;
+        task.log_decay = layer.log_decay.data() + channels.first;
+        task.num_channels = channels.count;
+        task.out = inputs_.data() + first * width + channels.first;
+        task.out_stride = width;
+        advance(layer, batch, first, end, channels.first, task);
         for (int64_t t = first; t < end; ++t) {
-            float* gate = gates_.data() + t * width + first_channel;
-            kernels_.geglu(gate, inputs_.data() + t * width + first_channel, num_channels, gate);
+            float* gate = gates_.data() + t * width + channels.first;
+            kernels_.geglu(gate, inputs_.data() + t * width + channels.first, channels.count, gate);
         }
+    }
+}
+
+void RecurrentMixer::compute_gate(const Gate& gate, const Channels& channels, const float* conv, int64_t num_tokens,
+                                  float* out, float* scratch) {
+    kernels_.matmul(gate.blocks, channels.first, channels.first + channels.count, conv, num_tokens,
+                    out - channels.first, kChannelsPerTask, scratch);
+    for (int64_t t = 0; t < num_tokens; ++t)
+        kernels_.add(gate.bias.data() + channels.first, channels.count, out + t * kChannelsPerTask);
+}
+
+// `rows` holds tokens [first, end) of the batch; each sequence's part of them goes on from its own state.
+void RecurrentMixer::advance(const CpuRecurrent& layer, const StepBatch& batch, int64_t first, int64_t end,
+                             int64_t first_channel, const RgLruTask& rows) {
+    for (int64_t s = 0; s < batch.num_sequences(); ++s) {
+        const int64_t begin = std::max<int64_t>(first, batch.first_token[s]);
+        const int64_t stop = std::min<int64_t>(end, batch.first_token[s + 1]);
+        if (begin >= stop) continue;
+        RgLruTask task = rows;
+        task.x += (begin - first) * rows.x_stride;
+        task.input_gate += (begin - first) * rows.gate_stride;
+        task.recurrence_gate += (begin - first) * rows.gate_stride;
+        task.state = state(layer, batch.state_slot[s]) + first_channel;
+        task.starts = batch.positions[begin] == 0;
+        task.num_tokens = stop - begin;
+        task.out += (begin - first) * rows.out_stride;
+        kernels_.rg_lru(task);
     }
 }
 

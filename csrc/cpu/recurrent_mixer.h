@@ -28,9 +28,17 @@ class RecurrentMixer {
     const float* run(const CpuRecurrent& layer, const StepBatch& batch, ThreadPool& threads);
 
   private:
+    // Channels [first, first + count) of the gate block that begins at channel block_first.
+    struct Channels {
+        int64_t first, count, block_first, block_width;
+    };
+
     void convolve(const CpuRecurrent& layer, const StepBatch& batch, int64_t block);
-    void recur(const CpuRecurrent& layer, const StepBatch& batch, int64_t first_channel, int64_t num_channels,
-               float* scratch);
+    void recur(const CpuRecurrent& layer, const StepBatch& batch, const Channels& channels, float* scratch);
+    void compute_gate(const Gate& gate, const Channels& channels, const float* conv, int64_t num_tokens, float* out,
+                      float* scratch);
+    void advance(const CpuRecurrent& layer, const StepBatch& batch, int64_t first, int64_t end, int64_t first_channel,
+                 const RgLruTask& rows);
     // The recurrence [R] of one sequence and layer, and behind it its convolution's last inputs [conv_tail, R].
     float* state(const CpuRecurrent& layer, int32_t slot);
 

@@ -277,7 +277,13 @@ class Generator:
             return _checked_ids(prompt)
         if not prompt:
             raise RequestError("the prompt is empty; give text or at least one token id")
-        return self.tokenizer.encode(prompt)
+        ids = self.tokenizer.encode(prompt)
+        if max(ids) >= self.spec.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer turns the prompt into id {max(ids)}, but the model has {self.spec.vocab_size} rows: "
+                f"they are of different models; fetch the tokenizer that belongs to {self._checkpoint.path}"
+            )
+        return ids
 
     def _batch_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Ids of every prompt, and whether a single prompt was given rather than a list of them."""

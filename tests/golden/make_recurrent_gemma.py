@@ -23,8 +23,11 @@ from torch.overrides import TorchFunctionMode
 from tests.golden import griffin_model as model
 
 # The package's own beginning asks for JAX and Flax, which its PyTorch half does not use.
+found = find_spec("recurrentgemma")
+if found is None:
+    sys.exit(f"This interpreter has no package recurrentgemma; install it as {__file__} says.")
 package = ModuleType("recurrentgemma")
-package.__path__ = list(find_spec("recurrentgemma").submodule_search_locations)
+package.__path__ = list(found.submodule_search_locations)
 sys.modules["recurrentgemma"] = package
 from recurrentgemma import common  # noqa: E402
 from recurrentgemma.torch import griffin as deepmind  # noqa: E402

@@ -25,10 +25,12 @@ from gemma2_fast.errors import (
 )
 from gemma2_fast.weights.tensor import Tensor
 from tests.support.checkpoints import generator, quantisable_spec, random_weights
+from tests.support.tiny_models import tiny_model
 
 SPEC = quantisable_spec("gemma2")
 WEIGHTS = random_weights(SPEC, "F32")
 PROMPT = [2, 100, 200, 300]
+TOKENIZER = Path(__file__).parents[1] / "data" / "gemma_1_2_tokenizer.model"
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +259,17 @@ def test_a_closed_generator_says_so() -> None:
         list(stream)
     with pytest.raises(BackendError, match="closed"):
         gen.generate(PROMPT)
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """It has 256,000 pieces, the model 512 rows; a text of its first pieces alone would pass unseen."""
+    directory = tiny_model("recurrent_gemma", tmp_path).directory
+    shutil.copy(TOKENIZER, directory / "tokenizer.model")
+    with (
+        Generator.from_pretrained(directory) as gen,
+        pytest.raises(TokenizerError, match=r"id \d+, but the model has 512 rows: they are of different models"),
+    ):
+        gen.generate("Water boils at", max_tokens=3)
 
 
 def test_missing_paths_and_files(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gemma2_fast import Generator, _core
 from gemma2_fast.engine.engine import core_cache_plan, cpu_step
 from gemma2_fast.engine.options import EngineOptions, plan_engine
 from gemma2_fast.errors import Gemma2FastError, RequestError
 from gemma2_fast.quant import FORMATS
+from gemma2_fast.reference import ReferenceModel
 from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.quantize import quantize_weights
 from gemma2_fast.weights.tensor import Tensor
@@ -130,6 +132,8 @@ def test_text_beyond_the_training(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), generator(spec, weights, max_seq_len=1500, **options) as gen:
         assert gen.plan.cache.max_seq_len == 1500
         assert len(gen.generate(prompt(900), max_tokens=50, ignore_eos=True).token_ids) == 50
+        exact = ReferenceModel(spec, weights, torch.float32).logits(prompt(900)).numpy()
+        np.testing.assert_allclose(gen.logits(prompt(900)), exact, rtol=0, atol=1e-3)
         with generator(spec, weights, **options) as short:
             assert gen.plan.cache.num_bytes == short.plan.cache.num_bytes
     assert [record.getMessage() for record in caplog.records] == [

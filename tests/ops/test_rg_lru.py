@@ -76,6 +76,20 @@ def test_a_state_that_hardly_decays(recurrent_ops: _core.RecurrentOps) -> None:
     assert np.abs(out - exact).max() < 0.1 * np.abs(usual - exact).max()
 
 
+def test_errors_over_the_whole_range(recurrent_ops: _core.RecurrentOps) -> None:
+    """The bounds that cpu/vector_math.h states, for the gates' sigmoid and for 1 - a^2."""
+    gate = np.linspace(-87, 40, 200_001, dtype=np.float32)[None]
+    one, zero = np.ones_like(gate), np.zeros_like(gate[0])
+    sigmoid, _ = recurrent_ops.rg_lru(one, gate, one, zero, zero, True)
+    exact = 1 / (1 + np.exp(-gate.astype(np.float64)))
+    assert np.abs(sigmoid / exact - 1).max() < 2e-7
+
+    log_decay = -np.geomspace(1e-30, 40, 200_001).astype(np.float32)
+    damping, _ = recurrent_ops.rg_lru(one, OPEN * one, OPEN * one, log_decay, zero, False)
+    exact = np.sqrt(-np.expm1(2 * log_decay.astype(np.float64)))
+    assert np.abs(damping / exact - 1).max() < 1.6e-7  # half of 2e-7, and the roundings of the root
+
+
 def test_in_pieces_bit_for_bit(recurrent_ops: _core.RecurrentOps) -> None:
     x, input_gate, recurrence_gate, log_decay, state = drawn(40, 37)
     whole, last = recurrent_ops.rg_lru(x, input_gate, recurrence_gate, log_decay, state, True)

@@ -105,9 +105,9 @@ def test_a_recurrent_gemma_that_is_none(change: dict[str, Any], named: str) -> N
         spec_from_config({**RELEASED["recurrentgemma-2b"][0], **change})
 
 
-def test_which_models_forget() -> None:
-    forgetful = {name for name, (config, _, _) in RELEASED.items() if spec_from_config(config).forgets}
-    assert forgetful == {"recurrentgemma-2b", "recurrentgemma-9b"}
+def test_which_models_have_a_bounded_cache() -> None:
+    bounded = {name for name, (config, _, _) in RELEASED.items() if spec_from_config(config).has_bounded_cache}
+    assert bounded == {"recurrentgemma-2b", "recurrentgemma-9b"}
 
 
 def test_new_spellings_give_the_same_model() -> None:

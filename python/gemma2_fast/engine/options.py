@@ -117,7 +117,7 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     spec = spec.with_window(options.sliding_window)
     max_seq_len = options.max_seq_len or spec.max_positions
     if max_seq_len > spec.max_positions:
-        if not spec.forgets:
+        if not spec.has_bounded_cache:
             raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
         log.warning("max_seq_len %d is beyond the %d tokens of the model's training", max_seq_len, spec.max_positions)
     step_tokens = options.max_step_tokens or (DEFAULT_STEP_TOKENS if gpu is None else DEFAULT_GPU_STEP_TOKENS)

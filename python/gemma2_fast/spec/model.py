@@ -40,7 +40,7 @@ class ModelSpec:
             raise ConfigError("a model needs at least one layer")
 
     @property
-    def forgets(self) -> bool:
+    def has_bounded_cache(self) -> bool:
         """Whether every layer sees a window or keeps a state, so that the cache does not grow with the text."""
         mixers = [layer.mixer for layer in self.layers]
         return not any(isinstance(mixer, AttentionSpec) and mixer.window_keys is None for mixer in mixers)
