@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from gemma2_fast.triton_kernels.attention_common import attention_specialisations, checked_cap, weigh
+from gemma2_fast.triton_kernels.dependent_launch import wait_for_predecessor
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 
 
@@ -22,7 +23,7 @@ def attention_decode_kernel(
     queries, pages, num_kv_heads, block_table, table_width, first_token, context_tokens, out, parts, part_sums,
     arrivals, query_stride, out_stride, scale, cap, window,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """out[t, h] = sum over s of softmax(mask(cap(scale * queries[t, h] . key[s]))) * value[s].
 
@@ -31,6 +32,7 @@ def attention_decode_kernel(
     Grid: (splits, K, S).
     """
     tl.static_assert(PAGE % BLOCK == 0, "a block of keys must not cross pages")
+    wait_for_predecessor(DEPENDENT)
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     kv_head = tl.program_id(1)

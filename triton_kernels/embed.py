@@ -8,6 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from gemma2_fast.triton_kernels.dependent_launch import wait_for_predecessor
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.triton_kernels.weight_formats import (
     BF16,
@@ -24,13 +25,14 @@ from gemma2_fast.triton_kernels.weight_formats import (
 @triton.jit
 def embed_kernel(
     token_ids, table, scales, factors, out, width, scale,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """out[t] = table[token_ids[t]] * scale, in float32.
 
     token_ids [T]; table [V, E], E = width, scales and factors as FORMAT has them (weight_formats.py); out [T, E]
     float32. Grid: (T, E / BLOCK, rounded up).
     """
+    wait_for_predecessor(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

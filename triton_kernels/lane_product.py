@@ -5,30 +5,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma2_fast.triton_kernels.dependent_launch import wait_for_predecessor
 from gemma2_fast.triton_kernels.weight_formats import BF16, INT4, INT8
 
 
 @triton.jit
 def lane_product(
     x, weight, scales, factors, row, rows, cols,
-    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """[ROWS] float32: sum over c of weight[row, c] * x[c], where row < rows. A program walks in blocks of COLS columns.
 
     A thread adds up what it loads at once, 16 bytes of weights, then scales the sum: a tile of scales has one number a
-    group. Lanes meet at the end.
+    group. Lanes meet at the end. Each block is loaded while the one before is added up, the first before the wait.
     """
     if FORMAT == INT4:
-        sums = _nibbles(x, weight, scales, factors, row, rows, cols, ROWS, COLS, GROUP)
+        sums = _nibbles(x, weight, scales, factors, row, rows, cols, ROWS, COLS, GROUP, DEPENDENT)
     else:
-        sums = _numbers(x, weight, scales, row, rows, cols, FORMAT, ROWS, COLS, GROUP)
+        sums = _numbers(x, weight, scales, row, rows, cols, FORMAT, ROWS, COLS, GROUP, DEPENDENT)
     return tl.sum(tl.sum(sums, 2), 1)
 
 
 @triton.jit
 def _numbers(
     x, weight, scales, row, rows, cols,
-    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, SPANS, LANES]: of the groups of a block, of bfloat16 of the block as one."""
     SPAN: tl.constexpr = COLS if FORMAT == BF16 else GROUP
@@ -44,19 +45,28 @@ def _numbers(
     groups = tl.cdiv(cols, GROUP)
     scale_places = scales + row.to(tl.int64)[:, None] * groups + span[None, :]
     sums = tl.zeros([ROWS, SPANS, LANES], tl.float32)
+    next_weights = _streamed(places, present[:, None, None, None] & (column < cols)[None, :, :, :])
+    if FORMAT == INT8:
+        next_scale = tl.load(scale_places, mask=present[:, None] & (span < groups)[None, :], other=0.0)
+    wait_for_predecessor(DEPENDENT)
     for begin in range(0, cols, COLS):
-        inside = begin + column < cols
-        weights = tl.load(
-            places + begin, mask=present[:, None, None, None] & inside[None, :, :, :], other=0.0,
-            eviction_policy="evict_first",
-        )  # fmt: skip
-        scale = 1.0
+        weights, later = next_weights.to(tl.float32), begin + COLS
+        next_weights = _streamed(places + later, present[:, None, None, None] & (later + column < cols)[None, :, :, :])
         if FORMAT == INT8:
-            of_group = present[:, None] & (begin // GROUP + span < groups)[None, :]
-            scale = tl.load(scale_places + begin // GROUP, mask=of_group, other=0.0).to(tl.float32)[:, :, None]
-        values = tl.load(x + begin + column, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        sums += tl.sum(weights.to(tl.float32) * values[None, :, :, :], 3) * scale
+            scale = next_scale.to(tl.float32)
+            of_group = present[:, None] & (later // GROUP + span < groups)[None, :]
+            next_scale = tl.load(scale_places + later // GROUP, mask=of_group, other=0.0)
+        values = tl.load(x + begin + column, mask=begin + column < cols, other=0.0, eviction_policy="evict_last")
+        products = tl.sum(weights * values.to(tl.float32)[None, :, :, :], 3)
+        if FORMAT == INT8:
+            products *= scale[:, :, None]
+        sums += products
     return sums
+
+
+@triton.jit
+def _streamed(places, mask):
+    return tl.load(places, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -71,7 +81,8 @@ def _code(words, BYTE: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit
 def _nibbles(
-    x, weight, scales, factors, row, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr
+    x, weight, scales, factors, row, rows, cols,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The same of int4: [ROWS, SPANS, 4], four loads of four words a group, each with two factors."""
     tl.static_assert(GROUP == 128, "a group must be 64 bytes")
@@ -94,16 +105,19 @@ def _nibbles(
     scale_places = scales + group_places
     factor_places = factors.to(tl.pointer_type(tl.int16)) + group_places
     sums = tl.zeros([ROWS, SPANS, 4], tl.float32)
+    of_group = present[:, None] & (span < groups)[None, :]
+    next_codes = _streamed(places, of_group[:, :, None, None])
+    next_scale = tl.load(scale_places, mask=of_group, other=0.0)
+    next_factor = tl.load(factor_places, mask=of_group, other=0)
+    wait_for_predecessor(DEPENDENT)
     for begin in range(0, cols, COLS):
-        group = begin // GROUP
-        inside = group + span < groups
-        of_group = present[:, None] & inside[None, :]
-        codes = tl.load(
-            places + group * WORDS, mask=of_group[:, :, None, None], other=0, eviction_policy="evict_first"
-        )  # fmt: skip
-        scale = tl.load(scale_places + group, mask=of_group, other=0.0).to(tl.float32)
-        factor = tl.load(factor_places + group, mask=of_group, other=0).to(tl.int32)
-        factor = factor[:, :, None] >> (8 * (lane // 2))[None, None, :]
+        codes, scale = next_codes, next_scale.to(tl.float32)
+        factor = next_factor.to(tl.int32)[:, :, None] >> (8 * (lane // 2))[None, None, :]
+        group = begin // GROUP + SPANS
+        of_group = present[:, None] & (group + span < groups)[None, :]
+        next_codes = _streamed(places + group * WORDS, of_group[:, :, None, None])
+        next_scale = tl.load(scale_places + group, mask=of_group, other=0.0)
+        next_factor = tl.load(factor_places + group, mask=of_group, other=0)
         low = _half(x + begin, column, cols - begin, codes, False)
         high = _half(x + begin + GROUP // 2, column, cols - begin - GROUP // 2, codes, True)
         low *= ((factor & 15) - 8).to(tl.float32)

@@ -34,13 +34,17 @@ MOST_TOKENS = 16
 def _sums(
     x_rows, present, weight, scales, factors, row, rows, cols,
     FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, TOKENS] float32."""
     if TOKENS == 1:
-        sums = lane_product(x_rows, weight, scales, factors, row, rows, cols, FORMAT, ROWS, COLS, GROUP)[:, None]
+        sums = lane_product(
+            x_rows, weight, scales, factors, row, rows, cols, FORMAT, ROWS, COLS, GROUP, DEPENDENT
+        )[:, None]  # fmt: skip
     else:
         sums = tile_product(
-            x_rows, present, weight, scales, factors, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP, True
+            x_rows, present, weight, scales, factors, row, rows, cols,
+            FORMAT, TOKENS, ROWS, COLS, GROUP, True, DEPENDENT,
         )  # fmt: skip
     return sums
 
@@ -49,14 +53,14 @@ def _sums(
 def matmul_kernel(
     x, row_index, weight, scales, factors, out, rows, cols, num_tokens,
     FORMAT: tl.constexpr, GEGLU: tl.constexpr, GATHER: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, GROUP: tl.constexpr,
+    COLS: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """out[t, r] = sum over c of weight[r, c] * x[t, c]; with GEGLU gelu_tanh(that of row r) * that of row rows + r.
 
     x [T, cols], T = num_tokens <= TOKENS, which is 1 or at least 16; with GATHER x has any number of rows, and
     row_index [T] says which to take. out [T, rows]; weight, scales and factors as FORMAT has them (weight_formats.py),
     of twice as many rows with GEGLU. But for bfloat16 COLS holds whole groups, with several tokens just one. Rounded
-    once. Grid: (rows / ROWS, rounded up).
+    once. row_index is read before the wait: no kernel of the chain may write it. Grid: (rows / ROWS, rounded up).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
@@ -70,10 +74,13 @@ def matmul_kernel(
         if GATHER:
             x_row = tl.load(row_index + token, mask=present, other=0)
         x_rows = x + x_row.to(tl.int64) * cols
-    values = _sums(x_rows, present, weight, scales, factors, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP)
+    values = _sums(
+        x_rows, present, weight, scales, factors, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP, DEPENDENT
+    )  # fmt: skip
     if GEGLU:
         up = _sums(
-            x_rows, present, weight, scales, factors, rows + row, 2 * rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP
+            x_rows, present, weight, scales, factors, rows + row, 2 * rows, cols,
+            FORMAT, TOKENS, ROWS, COLS, GROUP, False,
         )  # fmt: skip
         values = gelu_tanh(values) * up
     places = out + token.to(tl.int64)[None, :] * rows + row[:, None]

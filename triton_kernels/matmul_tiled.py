@@ -50,7 +50,7 @@ def matmul_tiled_kernel(
     present = token < num_tokens
     sums = tile_product(
         x + token.to(tl.int64) * cols, present, weight, scales, factors, row, rows, cols,
-        FORMAT, TILE_TOKENS, TILE_ROWS, COLS, GROUP, False,
+        FORMAT, TILE_TOKENS, TILE_ROWS, COLS, GROUP, False, False,
     )  # fmt: skip
     places = out + token.to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(places, sums.to(out.dtype.element_ty), mask=present[None, :] & (row < rows)[:, None])

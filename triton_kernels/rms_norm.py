@@ -8,6 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from gemma2_fast.triton_kernels.dependent_launch import wait_for_predecessor
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 
 BLOCKS = (1024, 2048, 4096, 8192)  # powers of two from the width of every Gemma on
@@ -19,7 +20,9 @@ def _normed(x, gain, width, epsilon):
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, out, width, epsilon, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x, weight, out, width, epsilon, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False
+):  # fmt: skip
     """out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * (1 + weight), in float32, rounded once.
 
     x, out [T, E]; weight [E]; E = width <= BLOCK. Grid: (T,).
@@ -27,15 +30,16 @@ def rms_norm_kernel(x, weight, out, width, epsilon, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     inside = column < width
-    values = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_predecessor(DEPENDENT)
+    values = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row + column, _normed(values, gain, width, epsilon).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def rms_norm_add_kernel(
     branch, after, residual, before, out, width, epsilon,
-    HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """What lies between two branches: residual += norm(branch, after); out = norm(residual, before).
 
@@ -46,9 +50,12 @@ def rms_norm_add_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     gain = tl.load(before + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_AFTER:
+        after_gain = tl.load(after + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_predecessor(DEPENDENT)
     added = tl.load(branch + row + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_AFTER:
-        added = _normed(added, tl.load(after + column, mask=inside, other=0.0).to(tl.float32), width, epsilon)
+        added = _normed(added, after_gain, width, epsilon)
     total = tl.load(residual + row + column, mask=inside, other=0.0) + added
     tl.store(residual + row + column, total, mask=inside)
     tl.store(out + row + column, _normed(total, gain, width, epsilon).to(out.dtype.element_ty), mask=inside)

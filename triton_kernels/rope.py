@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gemma2_fast.triton_kernels.attention_common import HEAD_SHAPES, PAGE_TOKENS
+from gemma2_fast.triton_kernels.dependent_launch import wait_for_predecessor
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 
 
@@ -17,6 +18,7 @@ def rope_kernel(
     qkv, positions, token_sequence, cos, sin, query_gain, key_gain, pages, num_query_heads, num_kv_heads, block_table,
     table_width, epsilon,
     NORMED: tl.constexpr, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """Queries are turned where they stand; keys, turned, and values go to their slot of the cache.
 
@@ -24,6 +26,7 @@ def rope_kernel(
     pages [N, 2, K, P, D]; block_table [S, table_width]. Pair j is (x_j, x_{j + R / 2}); dims R.. pass through. With
     NORMED queries and keys get RMSNorm first. Computed in float32 and rounded once. Grid: (T, H + 2 K).
     """
+    wait_for_predecessor(DEPENDENT)
     token = tl.program_id(0)
     head = tl.program_id(1)
     is_query = head < num_query_heads

@@ -19,6 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from gemma2_fast.triton_kernels.dependent_launch import wait_for_predecessor
 from gemma2_fast.triton_kernels.row_math import LARGEST_FLOAT, uniform_draw, weights_of
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 
@@ -62,13 +63,17 @@ def _first_key(firsts, row, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def sample_scan_kernel(logits, temperature, firsts, best, vocab, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+def sample_scan_kernel(
+    logits, temperature, firsts, best, vocab,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
+):  # fmt: skip
     """firsts[l, b] = the largest key of block b; best[l, b] = the KEEP largest in the order of their ids, if row l is
     not greedy.
 
     logits [L, V] float32, V = vocab; temperature [L] float32, 0: greedy; firsts [L, blocks] and best [L, blocks, KEEP]
     int64. Grid: (V / BLOCK, rounded up, L).
     """
+    wait_for_predecessor(DEPENDENT)
     block, row = tl.program_id(0), tl.program_id(1)
     place = row.to(tl.int64) * tl.num_programs(0) + block
     values, ids = _block_logits(logits, row, block, vocab, BLOCK)
@@ -86,12 +91,13 @@ def sample_scan_kernel(logits, temperature, firsts, best, vocab, KEEP: tl.conste
 @triton.jit
 def sample_weigh_kernel(
     logits, temperature, top_k, firsts, sums, vocab, cap,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """sums[l, b] = sum of the weights of block b, if the choice of row l depends on its whole weight.
 
     sums [L, blocks] float64; all else as sample_draw_kernel. Grid: (V / BLOCK, rounded up, L).
     """
+    wait_for_predecessor(DEPENDENT)
     block, row = tl.program_id(0), tl.program_id(1)
     blocks = tl.num_programs(0)
     heat = tl.load(temperature + row)
@@ -161,6 +167,7 @@ def _from_the_best(
 def sample_draw_kernel(
     logits, temperature, top_k, top_p, min_p, seed, token_index, firsts, best, sums, out, vocab, cap,
     CAPPED: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """out[l] = the next token of row l, or HOST: the host must choose, or say that there is no token to choose.
 
@@ -172,6 +179,7 @@ def sample_draw_kernel(
     HOST: the row holds NaN or infinity, or nothing above minus infinity, or more than KEEP tokens of a block may count.
     Grid: (L,).
     """
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0)
     blocks = tl.cdiv(vocab, BLOCK)
     first = _first_key(firsts, row, blocks, BLOCKS)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+DEPENDENT = "DEPENDENT"
 POINTER_ALIGNMENT = 16  # bytes, of every tensor handed to a kernel: loads may be that wide
 
 
@@ -33,14 +34,20 @@ class Specialisation:
         pointers = dict.fromkeys(kind[1:] for kind in self.types.values() if kind.startswith("*"))
         return "_".join((self.op, *constants, *pointers))
 
+    @property
+    def may_depend(self) -> bool:
+        """Whether the kernel knows how to begin before its predecessor ends (dependent_launch.py). That is up to the
+        processor, and no constant that a launcher chooses by."""
+        return DEPENDENT in self.kernel.arg_names
+
     def signature(self) -> dict[str, str]:
         """Of every argument of the kernel, in the kernel's own order, as Triton's compiler takes it."""
-        names = list(self.kernel.arg_names)
+        names = [name for name in self.kernel.arg_names if name != DEPENDENT]
         if missing := [name for name in names if (name in self.types) == (name in self.constants)]:
             raise ValueError(f"{self.op}: {', '.join(missing)} must be an argument or a constant, and not both")
         if unknown := [name for name in (*self.types, *self.constants) if name not in names]:
             raise ValueError(f"{self.op}: the kernel has no {', '.join(unknown)}")
-        return {name: self.types.get(name, "constexpr") for name in names}
+        return {name: self.types.get(name, "constexpr") for name in self.kernel.arg_names}
 
     def promises(self) -> dict[tuple[int], list[list[object]]]:
         """For the compiler: what is known of an argument's value. A launcher must see to it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma2_fast.triton_kernels.dependent_launch import wait_for_predecessor
 from gemma2_fast.triton_kernels.weight_formats import BF16, INT4
 
 
@@ -12,32 +13,62 @@ from gemma2_fast.triton_kernels.weight_formats import BF16, INT4
 def tile_product(
     x_rows, present, weight, scales, factors, row, rows, cols,
     FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
-    STREAMED: tl.constexpr,
+    STREAMED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, TOKENS] float32: sum over c of weight[row, c] * x_rows[token][c], where a token is present and row < rows.
 
     Blocks of COLS columns; but for bfloat16 a block is a group, and what it adds is scaled in float32. Weights come
     first, as the matrix units take converted ones from registers there. STREAMED: no other program reads these weights.
+    DEPENDENT: the weights of the first block are loaded before the wait.
     """
     tl.static_assert(FORMAT == BF16 or COLS == GROUP, "a block of columns must be a group")
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
-    for begin in range(0, cols, COLS):
-        if FORMAT == BF16:
-            weights = _numbers(weight, row, rows, cols, begin, COLS, STREAMED)
-            sums = tl.dot(weights, _values(x_rows, present, cols, begin, COLS, STREAMED), sums)
-        else:
-            group = row.to(tl.int64) * tl.cdiv(cols, GROUP) + begin // GROUP
-            scale = tl.load(scales + group, mask=row < rows, other=0.0).to(tl.float32)
-            if FORMAT == INT4:
-                low, high = _codes(weight, factors, group, row < rows, GROUP // 2, STREAMED)
-                values = _values(x_rows, present, cols, begin, GROUP // 2, STREAMED)
-                products = tl.dot(low.to(values.dtype), values)
-                values = _values(x_rows, present, cols, begin + GROUP // 2, GROUP // 2, STREAMED)
-                products = tl.dot(high.to(values.dtype), values, products)
-            else:
-                values = _values(x_rows, present, cols, begin, COLS, STREAMED)
-                products = tl.dot(_numbers(weight, row, rows, cols, begin, COLS, STREAMED).to(values.dtype), values)
-            sums += products * scale[:, None]
+    first = 0
+    if DEPENDENT:
+        first = COLS
+        block = _block(weight, scales, factors, row, rows, cols, 0, FORMAT, COLS, GROUP, STREAMED)
+        wait_for_predecessor(DEPENDENT)
+        sums = _added(sums, block, x_rows, present, cols, 0, FORMAT, COLS, GROUP, STREAMED)
+    for begin in range(first, cols, COLS):
+        block = _block(weight, scales, factors, row, rows, cols, begin, FORMAT, COLS, GROUP, STREAMED)
+        sums = _added(sums, block, x_rows, present, cols, begin, FORMAT, COLS, GROUP, STREAMED)
+    return sums
+
+
+@triton.jit
+def _block(
+    weight, scales, factors, row, rows, cols, begin,
+    FORMAT: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, STREAMED: tl.constexpr,
+):  # fmt: skip
+    """Numbers or codes, the second half of a group's apart if they are int4, and scales."""
+    group = row.to(tl.int64) * tl.cdiv(cols, GROUP) + begin // GROUP
+    if FORMAT == INT4:
+        codes, others = _codes(weight, factors, group, row < rows, GROUP // 2, STREAMED)
+    else:
+        codes = _numbers(weight, row, rows, cols, begin, COLS, STREAMED)
+        others = codes
+    scale = 1.0
+    if FORMAT != BF16:
+        scale = tl.load(scales + group, mask=row < rows, other=0.0)
+    return codes, others, scale
+
+
+@triton.jit
+def _added(
+    sums, block, x_rows, present, cols, begin,
+    FORMAT: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, STREAMED: tl.constexpr,
+):  # fmt: skip
+    codes, others, scale = block
+    HALF: tl.constexpr = GROUP // 2
+    values = _values(x_rows, present, cols, begin, HALF if FORMAT == INT4 else COLS, STREAMED)
+    if FORMAT == BF16:
+        sums = tl.dot(codes, values, sums)
+    else:
+        products = tl.dot(codes.to(values.dtype), values)
+        if FORMAT == INT4:
+            values = _values(x_rows, present, cols, begin + HALF, HALF, STREAMED)
+            products = tl.dot(others.to(values.dtype), values, products)
+        sums += products * scale.to(tl.float32)[:, None]
     return sums
 
 

@@ -102,7 +102,7 @@ def test_int4_codes_become_numbers_without_a_conversion(compilation: Compilation
     ptx = compilation.of(MATMUL_INT4, FULL).ptx
     assert ptx.count("1258291200") >= 128  # 0x4B000000
     assert len(re.findall(r"cvt\.rn\.f32\.s", ptx)) <= 8
-    assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32", ptx)) == 4
+    assert len(re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32", ptx)) == 2 * 4  # of the first block and the next
 
 
 def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:
@@ -120,6 +120,41 @@ def test_weights_are_rounded_as_the_hosts(compilation: Compilation, op: str) -> 
     ptx = compilation.of(name, FULL).ptx
     assert "div.rn.f32" in ptx
     assert not re.search(r"fma\.|div\.(full|approx)|ex2\.approx", ptx)
+
+
+DEPENDENT_OPS = ("attention_decode", "embed", "matmul", "rms_norm", "rope", "sample")
+LOADS = r"ld\.global|cp\.async"
+
+
+@pytest.mark.parametrize("op", build.OPS)
+def test_kernels_of_a_decode_step_wait_for_their_predecessor(compilation: Compilation, op: str) -> None:
+    """In all of them, before they load what it may have written; older processors do not know the instruction."""
+    for specialisation in build.needed(FULL, [op]):
+        result = compilation.of(specialisation.name, FULL)
+        assert result.entry["dependent_launch"] == (op in DEPENDENT_OPS)
+        assert result.ptx.count("griddepcontrol.wait") == (op in DEPENDENT_OPS)
+        assert result.ptx.count("griddepcontrol.launch_dependents") == (op in DEPENDENT_OPS)
+        before = result.ptx.partition("griddepcontrol.wait")[0]
+        if op in DEPENDENT_OPS:
+            assert "st.global" not in before
+            assert op in ("matmul", "rms_norm") or not re.search(LOADS, before)
+    old = compilation.of(largest(op, 80), 80)
+    assert not old.entry["dependent_launch"]
+    assert "griddepcontrol" not in old.ptx
+
+
+def test_only_weights_are_loaded_before_the_wait(compilation: Compilation) -> None:
+    """Of a matmul the first block's, not the tokens, which are to stay in the cache; of a norm the gains."""
+    for specialisation in build.needed(FULL, ["matmul"]):
+        before, _, after = compilation.of(specialisation.name, FULL).ptx.partition("griddepcontrol.wait")
+        assert re.search(r"ld\.global\S*evict_first", before)
+        assert "ld.global.L1::evict_last" not in before
+        assert "ld.global.L1::evict_last" in after
+    for specialisation in build.needed(FULL, ["rms_norm"]):
+        before = compilation.of(specialisation.name, FULL).ptx.partition("griddepcontrol.wait")[0]
+        vectors = specialisation.constants["BLOCK"] // (32 * specialisation.num_warps * 4)
+        num_gains = 1 + specialisation.constants.get("HAS_AFTER", 0)
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", before)) == vectors * num_gains
 
 
 def test_splits_meet_behind_a_barrier(compilation: Compilation) -> None:
@@ -184,13 +219,18 @@ def test_a_refused_build_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_a_launch_that_is_not_plain_is_refused() -> None:
+def test_a_launch_that_is_not_described_is_refused() -> None:
     ptx = ".visible .entry k(\n.param .u64 a,\n.param .u64 b,\n.param .u64 c\n)\n"
-    build.check_launch("k", ptx, 1, SimpleNamespace(**build.PLAIN_LAUNCH))
+    plain = {**build.PLAIN_LAUNCH, "launch_pdl": False}
+    build.check_launch("k", ptx, 1, SimpleNamespace(**plain))
+    build.check_launch("k", ptx + "griddepcontrol.wait;", 1, SimpleNamespace(**plain | {"launch_pdl": True}))
     with pytest.raises(RuntimeError, match="k has 3 parameters, expected 2 and 2"):
-        build.check_launch("k", ptx, 2, SimpleNamespace(**build.PLAIN_LAUNCH))
+        build.check_launch("k", ptx, 2, SimpleNamespace(**plain))
     with pytest.raises(RuntimeError, match="not described: {'num_ctas': 2}"):
-        build.check_launch("k", ptx, 1, SimpleNamespace(**{**build.PLAIN_LAUNCH, "num_ctas": 2}))
+        build.check_launch("k", ptx, 1, SimpleNamespace(**plain | {"num_ctas": 2}))
+    for text, dependent in ((ptx, True), (ptx + "griddepcontrol.wait;", False)):
+        with pytest.raises(RuntimeError, match="k must wait for its predecessor"):
+            build.check_launch("k", text, 1, SimpleNamespace(**plain | {"launch_pdl": dependent}))
 
 
 def geglu() -> Specialisation:

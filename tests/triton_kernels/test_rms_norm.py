@@ -54,6 +54,13 @@ def test_rms_norm(tokens: int, width: int) -> None:
     assert_rejected("rms_norm", rms_norm(x, weight - 1), exact, usual)
 
 
+def test_a_dependent_kernel_waits_for_nothing_where_it_is_interpreted() -> None:
+    x, weight = torch.from_numpy(draw(2, 64)), torch.from_numpy(draw(64))
+    out = torch.full(x.shape, torch.nan)
+    kernel.rms_norm_kernel[(2,)](x, weight, out, 64, EPSILON, BLOCK=64, DEPENDENT=True)
+    np.testing.assert_array_equal(out.numpy(), rms_norm(x.numpy(), weight.numpy()))
+
+
 @pytest.mark.parametrize("has_after", [False, True])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 2), (3, 65), (2, 640)])
 def test_between_two_branches(has_after: bool, tokens: int, width: int) -> None:
