@@ -51,16 +51,18 @@ def _sums(
 
 @triton.jit
 def matmul_kernel(
-    x, row_index, weight, scales, factors, out, rows, cols, num_tokens,
-    FORMAT: tl.constexpr, GEGLU: tl.constexpr, GATHER: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    x, row_index, weight, scales, factors, bias, out, rows, cols, num_tokens,
+    FORMAT: tl.constexpr, BIASED: tl.constexpr, GEGLU: tl.constexpr, GATHER: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    """out[t, r] = sum over c of weight[r, c] * x[t, c]; with GEGLU gelu_tanh(that of row r) * that of row rows + r.
+    """out[t, r] = bias[r] + sum over c of weight[r, c] * x[t, c]; with GEGLU gelu_tanh(that of row r) * that of row
+    rows + r.
 
     x [T, cols], T = num_tokens <= TOKENS, which is 1 or at least 16; with GATHER x has any number of rows, and
     row_index [T] says which to take. out [T, rows]; weight, scales and factors as FORMAT has them (weight_formats.py),
-    of twice as many rows with GEGLU. But for bfloat16 COLS holds whole groups, with several tokens just one. Rounded
-    once. row_index is read before the wait: no kernel of the chain may write it. Grid: (rows / ROWS, rounded up).
+    and with BIASED bias [rows] float32, of twice as many rows with GEGLU. But for bfloat16 COLS holds whole groups,
+    with several tokens just one. Rounded once. row_index is read before the wait: no kernel of the chain may write it.
+    Grid: (rows / ROWS, rounded up).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
@@ -77,22 +79,27 @@ def matmul_kernel(
     values = _sums(
         x_rows, present, weight, scales, factors, row, rows, cols, FORMAT, TOKENS, ROWS, COLS, GROUP, DEPENDENT
     )  # fmt: skip
+    if BIASED:
+        values += tl.load(bias + row, mask=row < rows, other=0.0)[:, None]
     if GEGLU:
         up = _sums(
             x_rows, present, weight, scales, factors, rows + row, 2 * rows, cols,
             FORMAT, TOKENS, ROWS, COLS, GROUP, False,
         )  # fmt: skip
+        if BIASED:
+            up += tl.load(bias + rows + row, mask=row < rows, other=0.0)[:, None]
         values = gelu_tanh(values) * up
     places = out + token.to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(places, values.to(out.dtype.element_ty), mask=present[None, :] & (row < rows)[:, None])
 
 
 def matmul(
-    x: Any, weight: Any, out: Any, scales: Any = None, factors: Any = None, *, geglu: bool = False,
+    x: Any, weight: Any, out: Any, scales: Any = None, factors: Any = None, *, bias: Any = None, geglu: bool = False,
     row_index: Any = None, rows: int = 8, cols: int = 512, num_warps: int = 4, num_stages: int = 3,
 ) -> None:  # fmt: skip
     """x [T, cols], T <= 16, or any number of rows, of which row_index [T] int32 says which to take; out [T, rows];
-    weight, scales and factors (weight_formats.py) of as many rows, with GEGLU of twice as many.
+    weight, scales and factors (weight_formats.py) and bias (or None) float32 of as many rows, with GEGLU of twice as
+    many.
 
     rows and cols: of a block. Contiguous tensors on one device.
     """
@@ -101,29 +108,34 @@ def matmul(
         raise ValueError(f"matmul: at most {MOST_TOKENS} tokens at once, got {num_tokens}")
     matmul_kernel[(triton.cdiv(num_rows, rows),)](
         x, x if row_index is None else row_index, weight, x if scales is None else scales,
-        x if factors is None else factors, out, num_rows, x.shape[1], num_tokens, FORMAT=format_of(scales, factors),
-        GEGLU=geglu, GATHER=row_index is not None, TOKENS=1 if num_tokens == 1 else MOST_TOKENS, ROWS=rows, COLS=cols,
-        GROUP=GROUP_COLS, num_warps=num_warps, num_stages=num_stages,
+        x if factors is None else factors, x if bias is None else bias, out, num_rows, x.shape[1], num_tokens,
+        FORMAT=format_of(scales, factors), BIASED=bias is not None, GEGLU=geglu, GATHER=row_index is not None,
+        TOKENS=1 if num_tokens == 1 else MOST_TOKENS, ROWS=rows, COLS=cols, GROUP=GROUP_COLS, num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
 
 
-# Of GEGLU and GATHER, and the type of the result: a plain product, that of gate and up, and the output head.
-PURPOSES = ((False, False, "*bf16"), (True, False, "*bf16"), (False, True, "*fp32"))
+# Of BIASED, GEGLU and GATHER, and the type of the result: plain products, those of gate and up, and the output head.
+PURPOSES = (
+    *((biased, geglu, False, "*bf16") for biased in (False, True) for geglu in (False, True)),
+    (False, False, True, "*fp32"),
+)
 
 
 def specialisations(arch: int) -> Iterator[Specialisation]:
-    for code, tokens, (geglu, gather, out) in itertools.product(FORMATS, (1, MOST_TOKENS), PURPOSES):
+    for code, tokens, (biased, geglu, gather, out) in itertools.product(FORMATS, (1, MOST_TOKENS), PURPOSES):
         sizes = tuned("matmul", arch, tokens=tokens, format=code)
         yield Specialisation(
             op="matmul",
             kernel=matmul_kernel,
             types={
                 **{"x": "*bf16", "row_index": "*i32", "weight": WEIGHT_TYPES[code], "scales": SCALE_TYPE},
-                **{"factors": FACTOR_TYPE, "out": out},
+                **{"factors": FACTOR_TYPE, "bias": "*fp32", "out": out},
                 **dict.fromkeys(("rows", "cols", "num_tokens"), "i32"),
             },
             constants={
-                **{"FORMAT": code, "GEGLU": geglu, "GATHER": gather, "TOKENS": tokens, "GROUP": GROUP_COLS},
+                **{"FORMAT": code, "BIASED": biased, "GEGLU": geglu, "GATHER": gather, "TOKENS": tokens},
+                "GROUP": GROUP_COLS,
                 **sizes.constants,
             },
             divisible=frozenset({"rows", "cols"}),

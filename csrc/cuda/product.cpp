@@ -10,6 +10,7 @@ Product::Product(KernelSet& kernels, const DeviceMatrix& matrix, ProductKind kin
     const auto streaming = [&](int64_t tokens) {
         return &kernels.find("matmul",
                              {{"FORMAT", format},
+                              {"BIASED", matrix.bias.has_value()},
                               {"GEGLU", kind == ProductKind::kGated},
                               {"GATHER", kind == ProductKind::kHead},
                               {"TOKENS", tokens}},
@@ -18,7 +19,7 @@ Product::Product(KernelSet& kernels, const DeviceMatrix& matrix, ProductKind kin
     one_ = streaming(1);
     few_ = streaming(kFewTokens);
     if (kind != ProductKind::kHead && most_tokens > kFewTokens)
-        many_ = &kernels.find("matmul_tiled", {{"FORMAT", format}});
+        many_ = &kernels.find("matmul_tiled", {{"FORMAT", format}, {"BIASED", matrix.bias.has_value()}});
 }
 
 void Product::launch(Stream& stream, const Arena& arena, CUdeviceptr x, CUdeviceptr out, int64_t num_tokens) const {

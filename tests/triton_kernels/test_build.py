@@ -34,8 +34,8 @@ def largest(op: str, arch: int) -> str:
 FULL = build.SPILLS_CHECKED_ON
 CASES = [(s.name, FULL) for s in build.needed(FULL)]
 CASES += [(largest(op, arch), arch) for arch in build.TARGETS if arch != FULL for op in build.OPS]
-MATMUL_INT8 = "matmul_format1_geglu0_gather0_tokens1_group128_rows8_cols1024_bf16_i32_i8_u8"
-MATMUL_INT4 = "matmul_format2_geglu0_gather0_tokens1_group128_rows8_cols2048_bf16_i32_u8"
+MATMUL_INT8 = "matmul_format1_biased0_geglu0_gather0_tokens1_group128_rows8_cols1024_bf16_i32_i8_u8_fp32"
+MATMUL_INT4 = "matmul_format2_biased0_geglu0_gather0_tokens1_group128_rows8_cols2048_bf16_i32_u8_fp32"
 PREFILL = "attention_prefill_capped{}_windowed1_group2_head_dim256_page64_tile128_block32_bf16_i32"
 DECODE = "attention_decode_capped{}_windowed1_group2_head_dim256_page64_rows16_block64_bf16_i32_fp32"
 
@@ -213,7 +213,7 @@ def test_a_build_without_a_compiler_says_so(tmp_path: Path) -> None:
 
 
 def test_a_refused_build_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "compile_for", lambda specialisation, arch: compiled(spilled_bytes=8))
+    monkeypatch.setattr(build, "compile_all", lambda targets, ops: [compiled(spilled_bytes=8)])
     with pytest.raises(RuntimeError, match="geglu_block1024_bf16 spills 8 bytes"):
         build.build(tmp_path, [90], ["geglu"])
     assert not (tmp_path / "manifest.json").exists()
@@ -239,7 +239,7 @@ def geglu() -> Specialisation:
 
 
 def compiled(**changes: Any) -> Compiled:
-    usual = Compiled(geglu(), 90, b"", "", {"shared_bytes": 0}, registers=30, spilled_bytes=0)
+    usual = Compiled(geglu().name, 90, b"", "", {"shared_bytes": 0}, registers=30, spilled_bytes=0)
     return replace(usual, **changes)
 
 

@@ -102,6 +102,23 @@ def test_gathered_rows(wanted: list[int]) -> None:
     np.testing.assert_array_equal(out.numpy(), alone)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_bias(tokens: int) -> None:
+    """Added to each product, of gate and of up to its own, before the activation."""
+    x, weight, bias = draw(tokens, 96), draw(34, 96), draw(34)
+
+    def biased(x: Floats, weight: Floats, bias: Floats, geglu: bool) -> Floats:
+        out = x @ weight.T + bias
+        return plain.geglu(out[:, :17], out[:, 17:]) if geglu else out
+
+    for geglu in (False, True):
+        exact, usual = plain.exact_and_plain(biased, x, weight, bias, geglu=geglu)
+        how: dict[str, Any] = {"bias": torch.from_numpy(bias), "rows": 16, "cols": 64}
+        assert_close("matmul triton", matmul(x, weight, 34 // (1 + geglu), geglu=geglu, **how), exact, usual)
+        how["bias"] = torch.from_numpy(np.roll(bias, 17))
+        assert_rejected("matmul triton", matmul(x, weight, 34 // (1 + geglu), geglu=geglu, **how), exact, usual)
+
+
 def test_gate_comes_first() -> None:
     x, weight = draw(2, 96), draw(24, 96)
     exact, usual = plain.exact_and_plain(product, x, weight, geglu=True)

@@ -51,6 +51,14 @@ def test_shapes(tokens: int, rows: int, cols: int) -> None:
     assert_close("matmul triton", matmul(x, weight, **SMALL), exact, usual)
 
 
+def test_bias() -> None:
+    x, weight, bias = draw(20, 64), draw(70, 64), draw(70)
+    out = torch.full((20, 70), torch.nan)
+    given = (torch.from_numpy(x), torch.from_numpy(weight), out)
+    kernel.matmul_tiled(*given, bias=torch.from_numpy(bias), **SMALL)
+    np.testing.assert_array_equal(out.numpy(), matmul(x, weight, **SMALL) + bias)
+
+
 @pytest.mark.parametrize("cols", [128, 200, 384])
 @pytest.mark.parametrize("name", ["INT8_G128", "INT4_G32"])
 def test_codes(name: str, cols: int) -> None:
