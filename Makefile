@@ -38,7 +38,7 @@ help:
 	@echo 'make sanitize  the C++-heavy tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make tsan      the decode loop and the CPU model under ThreadSanitizer'
 	@echo 'make wheel     build sdist and wheel, and try the wheel in a clean environment'
-	@echo 'make cubins    compile the GPU kernels for every architecture, into build/cubins; needs no GPU'
+	@echo 'make cubins    compile the GPU kernels for every architecture, for wheels made after it; needs no GPU'
 	@echo 'make bench     measure this machine, the operations and the demo model, and draw the figures'
 	@echo 'make peers     install the engines that gemma2-fast bench peers compares with (bench/README.md)'
 	@echo 'make clean     remove everything that make made'
@@ -158,7 +158,7 @@ $(DONE)/cuda: $(DONE)/build
 
 cubins: $(DONE)/package $(DONE)/cuda
 	$(call say,'Compiling the GPU kernels for every architecture')
-	$(PY) -m gemma2_fast.triton_kernels.build --out build/cubins
+	$(PY) -m gemma2_fast.triton_kernels.build --out triton_kernels/cubins
 
 # What writes the report; the peers of the same extra compile for minutes and are installed by `make peers`.
 $(DONE)/plots: $(DONE)/build
@@ -193,5 +193,5 @@ quality: $(DONE)/package $(DONE)/test
 	GEMMA2_FAST_QUALITY_WINDOWS=22 $(PY) -m pytest -s tests/model/test_quality.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist triton_kernels/cubins .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

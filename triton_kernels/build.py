@@ -197,8 +197,8 @@ def build(directory: Path, targets: Sequence[int], ops: Sequence[str]) -> list[C
         print(compiled.line(), flush=True)
     if found := [fault for compiled in done for fault in faults(compiled)]:
         raise RuntimeError("; ".join(found))
-    content = json.dumps({"version": manifest.VERSION, "kernels": rows}, indent=1)
-    (directory / manifest.FILE_NAME).write_text(content, encoding="utf-8")
+    content = {"version": manifest.VERSION, "sources": manifest.sources_digest(), "kernels": rows}
+    (directory / manifest.FILE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
     return done
 
 

@@ -88,6 +88,8 @@ def read_manifest(directory: Path, arch: int) -> list[CompiledKernel]:
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != VERSION:
         raise _damaged(directory, f"{FILE_NAME} has version {version!r}, this build reads {VERSION}")
+    if manifest.get("sources") != sources_digest():
+        raise _damaged(directory, "they were compiled from other sources than these")
     rows = manifest.get("kernels")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise _damaged(directory, f"{FILE_NAME} has no list of kernels")
@@ -95,6 +97,14 @@ def read_manifest(directory: Path, arch: int) -> list[CompiledKernel]:
     if not chosen:
         chosen = [row for row in rows if row.get("ptx") is True and row.get("arch", 0) <= arch]
     return [CompiledKernel.of_row(row, directory) for row in chosen]
+
+
+def sources_digest() -> str:
+    """Of everything that kernels are made from."""
+    digest, sources = hashlib.sha256(), Path(__file__).parent
+    for path in sorted([*sources.glob("*.py"), *sources.glob("*.json")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _argument(item: Any, where: str, directory: Path) -> Argument:

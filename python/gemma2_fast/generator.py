@@ -109,7 +109,7 @@ class Generator:
         max_batch_size: sequences that run at once. max_step_tokens: tokens one step computes, by default 512,
         on a GPU 2048. kv_cache_gib: memory for keys and values, by default at most half of what is free, on a GPU 90 %.
         num_threads: all processors by default. sliding_window: keys a windowed layer sees, as trained by default.
-        instruction_set: "auto" | "avx512_vnni" | "avx2" | "scalar".
+        instruction_set: "auto" | "avx512_amx" | "avx512_vnni" | "avx_vnni" | "avx2" | "scalar".
         revision, token, cache_dir, local_files_only: for the hub. progress: bars on a terminal.
 
         Raises classes of gemma2_fast.errors, or OSError for a path that cannot be read.

@@ -10,6 +10,8 @@ import pytest
 from gemma2_fast.engine import gpu_kernels
 from gemma2_fast.engine.gpu_kernels import kernel_images
 from gemma2_fast.errors import BackendError
+from gemma2_fast.triton_kernels import manifest
+from gemma2_fast.triton_kernels.manifest import sources_digest
 from tests.triton_kernels.test_manifest import write
 
 
@@ -49,13 +51,13 @@ def test_what_triton_compiles_is_kept(
     assert kept.name.startswith("sm_90-triton-")
 
 
-def test_another_kernel_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = gpu_kernels._digest()
-    monkeypatch.setattr(gpu_kernels, "SOURCES", tmp_path)
+def test_other_sources_are_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sources_digest()
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
     (tmp_path / "kernel.py").write_text("1")
-    changed = gpu_kernels._digest()
+    changed = sources_digest()
     (tmp_path / "kernel.py").write_text("2")
-    assert len({before, changed, gpu_kernels._digest()}) == 3
+    assert len({before, changed, sources_digest()}) == 3
 
 
 def test_a_compilation_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_failed_call_ends_its_step_and_no_other(gpu: FakeGpu, model: TinyModel
     ("function", "doing"),
     [
         ("cuMemAlloc", "bytes of device memory for weights, cache and activations"),
-        ("cuMemHostAlloc", "bytes of host memory for the inputs of a step"),
+        ("cuMemHostAlloc", "bytes of host memory for chosen tokens"),
     ],
 )
 def test_memory_runs_out(gpu: FakeGpu, model: TinyModel, function: str, doing: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gemma2_fast.errors import BackendError
-from gemma2_fast.triton_kernels.manifest import read_manifest
+from gemma2_fast.triton_kernels.manifest import read_manifest, sources_digest
 
 Manifest = dict[str, Any]
 CODE = b"\x7fELF and so on"
@@ -35,7 +35,7 @@ def write(directory: Path, change: Callable[[Manifest], Any] = lambda _: None) -
         "sha256": hashlib.sha256(CODE).hexdigest(),
         "triton_version": "3.9.0",
     }
-    manifest = {"version": 2, "kernels": [row]}
+    manifest = {"version": 2, "sources": sources_digest(), "kernels": [row]}
     change(manifest)
     (directory / "geglu.cubin").write_bytes(CODE)
     (directory / "manifest.json").write_text(json.dumps(manifest))
@@ -56,6 +56,7 @@ def in_row(**changes: Any) -> Callable[[Manifest], Any]:
 
 FAULTS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "an older version": (lambda m: m.update(version=1), "has version 1, this build reads 2"),
+    "other sources": (lambda m: m.update(sources="0"), "compiled from other sources"),
     "no kernels": (lambda m: m.pop("kernels"), "no list of kernels"),
     "a kernel that is none": (lambda m: m["kernels"].append(3), "no list of kernels"),
     "a missing number": (lambda m: m["kernels"][0].pop("num_warps"), "geglu_of_bf16: num_warps is None, expected int"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -15,10 +14,9 @@ from pathlib import Path
 
 from gemma2_fast import _core, triton_kernels
 from gemma2_fast.errors import BackendError
-from gemma2_fast.triton_kernels.manifest import CompiledKernel, read_manifest
+from gemma2_fast.triton_kernels.manifest import CompiledKernel, read_manifest, sources_digest
 
-SOURCES = Path(triton_kernels.__file__).parent
-SHIPPED = SOURCES / "cubins"  # in wheels that were built after `make cubins`
+SHIPPED = Path(triton_kernels.__file__).parent / "cubins"  # in wheels that were built after `make cubins`
 
 log = logging.getLogger("gemma2_fast")
 
@@ -36,7 +34,7 @@ def _compiled(arch: int) -> Path:
             f'this build ships no GPU kernels for sm_{arch}: `pip install "gemma2-fast[cuda]"` brings Triton, which '
             'compiles them once, or use backend="cpu"'
         )
-    directory = _cache_directory() / f"sm_{arch}-triton-{version('triton')}-{_digest()}"
+    directory = _cache_directory() / f"sm_{arch}-triton-{version('triton')}-{sources_digest()[:16]}"
     if not directory.exists():
         log.warning("compiling GPU kernels for sm_%d, once; this takes some minutes", arch)
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -63,14 +61,6 @@ def _compile(arch: int, directory: Path) -> None:
 def _cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "gemma2_fast" / "kernels"
-
-
-def _digest() -> str:
-    """Of everything that kernels are made from."""
-    digest = hashlib.sha256()
-    for path in sorted([*SOURCES.glob("*.py"), *SOURCES.glob("*.json")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _image(kernel: CompiledKernel) -> _core.KernelImage:
