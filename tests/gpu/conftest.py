@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cuda.conftest import driver_library as driver_library  # of the imagined GPU
 from tests.gpu.places import GPU_WANTED
 from tests.support.closeness import assert_rejected, error_over_bound
 
@@ -44,7 +45,7 @@ class Judge:
 
 
 def _row(values: torch.Tensor) -> str:
-    return f"triton {str(values.dtype).removeprefix('torch.')}"
+    return f"gpu {str(values.dtype).removeprefix('torch.')}"
 
 
 def _numbers(values: torch.Tensor) -> Any:
