@@ -99,7 +99,7 @@ def test_a_long_text(judge: Judge, model: SmallModel) -> None:
     assert bits(first) == bits(second)
     assert bits(first) == bits(uncaptured)
     assert first.token_ids == chosen_there.token_ids
-    assert len(set(first.token_ids)) >= min(30, model.case.new_tokens)
+    assert len(set(first.token_ids)) >= min(10, model.case.new_tokens)
 
 
 def bits(made: Generation) -> tuple[Any, ...]:
