@@ -1,11 +1,12 @@
-# make demo · test · check · format · sanitize · tsan · wheel · cubins · bench · peers · quality · clean
-# Set by the user where wanted: PROMPT, PYTHON, CXX, TORCH_INDEX_URL (an index of smaller, CPU-only torch builds).
+# make demo · test · check · format · sanitize · tsan · wheel · cubins · gpu · bench · peers · quality · clean
+# Set by the user where wanted: PROMPT, PYTHON, CXX, TORCH_INDEX_URL (an index of smaller, CPU-only torch builds), and for
+# `make gpu` GPU_PYTHON and GPU_RESULTS.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format sanitize tsan wheel cubins bench peers quality clean programs
+.PHONY: help demo test check format sanitize tsan wheel cubins gpu gpu-machine bench peers quality clean programs
 
 PROMPT ?= Water boils at
 TORCH_INDEX_URL ?=
@@ -39,6 +40,7 @@ help:
 	@echo 'make tsan      the decode loop and the CPU model under ThreadSanitizer'
 	@echo 'make wheel     build sdist and wheel, and try the wheel in a clean environment'
 	@echo 'make cubins    compile the GPU kernels for every architecture, for wheels made after it; needs no GPU'
+	@echo 'make gpu       install into the Python of a machine with an NVIDIA GPU, and test the kernels there; needs no network'
 	@echo 'make bench     measure this machine, the operations and the demo model, and draw the figures'
 	@echo 'make peers     install the engines that gemma2-fast bench peers compares with (bench/README.md)'
 	@echo 'make clean     remove everything that make made'
@@ -159,6 +161,19 @@ $(DONE)/cuda: $(DONE)/build
 cubins: $(DONE)/package $(DONE)/cuda
 	$(call say,'Compiling the GPU kernels for every architecture')
 	$(PY) -m gemma2_fast.triton_kernels.build --out triton_kernels/cubins
+
+# Everything comes with the machine: it may have no network, and its torch must be one that knows its GPU.
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= build/gpu
+gpu-machine:
+	@if ! $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    echo 'make gpu needs an NVIDIA GPU that the torch of $(GPU_PYTHON) can use; there is none (another Python: GPU_PYTHON=).'; exit 1; fi
+
+gpu: gpu-machine
+	$(call say,'Compiling the extension and installing the package into $(GPU_PYTHON)')
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation .
+	$(call say,'Testing kernels and small models on the GPU')
+	$(GPU_PYTHON) -m tests.gpu.run $(GPU_RESULTS)
 
 # What writes the report; the peers of the same extra compile for minutes and are installed by `make peers`.
 $(DONE)/plots: $(DONE)/build

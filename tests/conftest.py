@@ -1,4 +1,4 @@
-"""Which tests `make check` leaves out, and that Triton interprets kernels here.
+"""Which tests `make check` leaves out, and that Triton interprets kernels here, unless a GPU is to run them.
 
 Triton decides that when it is imported, so it is said before anything is; tests that compile do so in processes of
 their own (triton_kernels/compiler.py).
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("GEMMA2_FAST_GPU") != "1":  # set by `make gpu`
+    os.environ["TRITON_INTERPRET"] = "1"
 
 WHOLE_MODELS = Path(__file__).parent / "model"
 

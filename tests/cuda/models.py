@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemma2_fast import _core
@@ -18,8 +18,9 @@ from tests.support.tiny_models import TinyModel
 
 ARCH = 90
 PAGE = 16
+Blocks = Mapping[str, Mapping[str, int]]
 # Sizes of tiny models, in place of those that are compiled.
-SMALL_BLOCKS = {
+SMALL_BLOCKS: Blocks = {
     "attention_prefill": {"TILE": 16, "BLOCK": 16},
     "attention_decode": {"ROWS": 16, "BLOCK": 16},
     "matmul": {"ROWS": 16, "COLS": 64},
@@ -30,7 +31,7 @@ SMALL_BLOCKS = {
 }
 
 
-def small_kernels(spec: ModelSpec) -> list[Specialisation]:
+def small_kernels(spec: ModelSpec, blocks: Blocks = SMALL_BLOCKS) -> list[Specialisation]:
     """Every kernel that a tiny model needs: the compiled ones, with its head dims, its group and small blocks."""
     shapes = {
         (layer.mixer.head_dim, layer.mixer.num_query_heads // layer.mixer.num_kv_heads)
@@ -39,13 +40,13 @@ def small_kernels(spec: ModelSpec) -> list[Specialisation]:
     }
     found = {}
     for specialisation in build.needed(ARCH):
-        for changed in _small(specialisation, shapes):
+        for changed in _small(specialisation, shapes, blocks):
             found[changed.name] = changed
     return list(found.values())
 
 
-def _small(specialisation: Specialisation, shapes: set[tuple[int, int]]) -> Iterator[Specialisation]:
-    constants = {**specialisation.constants, **SMALL_BLOCKS.get(specialisation.op, {})}
+def _small(specialisation: Specialisation, shapes: set[tuple[int, int]], blocks: Blocks) -> Iterator[Specialisation]:
+    constants = {**specialisation.constants, **blocks.get(specialisation.op, {})}
     if "PAGE" in constants:
         for head_dim, group in shapes:
             own = {"PAGE": PAGE, "HEAD_DIM": head_dim}

@@ -38,11 +38,12 @@ class Rule:
 
 
 def sample(
-    rows: Floats, rules: Sequence[Rule], *, seed: int = 0, cap: float | None = None, keep: int = KEEP
-) -> list[int]:
+    rows: Floats, rules: Sequence[Rule], *, seed: int = 0, cap: float | None = None, keep: int = KEEP,
+    block: int = BLOCK, device: str = "cpu",
+) -> list[int]:  # fmt: skip
     """Of each row by each rule, [rules * rows]; row i is that of token i of its sequence. Scratch would lead astray."""
     count, (num_rows, vocab) = len(rules) * len(rows), rows.shape
-    blocks = -(-vocab // BLOCK)
+    blocks = -(-vocab // block)
     given = {
         name: torch.tensor(
             [getattr(rule, name) for rule in rules for _ in rows],
@@ -56,7 +57,9 @@ def sample(
     sums = torch.full((count, blocks), torch.nan, dtype=torch.float64)
     out = torch.full((count,), 10**6, dtype=torch.int32)
     logits = torch.from_numpy(np.tile(rows, (len(rules), 1)))
-    kernel.sample(logits, given, firsts, best, sums, out, softcap=cap, block=BLOCK)
+    given = {name: values.to(device) for name, values in given.items()}
+    logits, firsts, best, sums, out = (values.to(device) for values in (logits, firsts, best, sums, out))
+    kernel.sample(logits, given, firsts, best, sums, out, softcap=cap, block=block)
     return [int(token) for token in out]
 
 
@@ -84,14 +87,14 @@ def chosen_by_reference(row: Floats, rule: Rule, seed: int, index: int, cap: flo
     return reference.sample(torch.from_numpy(row), **asdict(rule), uniform=uniform, softcap=cap)
 
 
-def most_in_a_block(row: Floats, rule: Rule, cap: float | None) -> int:
+def most_in_a_block(row: Floats, rule: Rule, cap: float | None, block: int = BLOCK) -> int:
     """Of the tokens that a choice needs. With top_k these are the first k, of whose weight top_p is a share."""
     if rule.temperature == 0 or rule == Rule(temperature=rule.temperature):
         return 0
     if rule.top_k != ALL:
         rule = replace(rule, top_p=1.0, min_p=0.0)
     ids, _ = reference.candidates(torch.from_numpy(row), **asdict(rule), softcap=cap)
-    return int(np.bincount(ids.numpy() // BLOCK).max())
+    return int(np.bincount(ids.numpy() // block).max())
 
 
 def table(scale: float, rows: int = 2, seed: int = 0) -> Floats:
