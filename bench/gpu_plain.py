@@ -1,0 +1,121 @@
+"""Gemma 2 in plain PyTorch, as small as it gets: what torch.compile makes of one decode step is a peer of ours.
+
+Keys and values lie in fixed buffers, a ring where a layer has a window; nothing depends on the position but a mask, so
+that one compiled step serves every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from gemma2_fast.errors import BackendError
+from gemma2_fast.spec import AttentionSpec, LayerSpec, ModelSpec
+from gemma2_fast.weights.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """Projections that read the same are one matrix; norms hold 1 + w in float32. keys, values: [K, width, D]."""
+
+    attention: AttentionSpec
+    qkv: torch.Tensor
+    output: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    norms: Mapping[str, torch.Tensor]
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class PlainGemma2:
+    """weights: bfloat16, by canonical name; positions up to max_tokens - 1."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], max_tokens: int, device: torch.device) -> None:
+        on_device = {name: on(device, tensor) for name, tensor in weights.items()}
+        self.spec = spec
+        self.embedding = on_device["embedding"]
+        self.final_norm = 1 + on_device["final_norm"].float()
+        self.layers = [
+            _layer(layer, f"layers.{index}.", on_device, max_tokens) for index, layer in enumerate(spec.layers)
+        ]
+        frequencies = torch.tensor(self.layers[0].attention.rope.inverse_frequencies(), dtype=torch.float32)
+        self.frequencies = frequencies.to(device)
+
+    def logits(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """[V] float32 after one more token; token and position [1]."""
+        x = self.embedding[token] * torch.tensor(self.spec.embedding_scale, dtype=self.embedding.dtype)
+        angles = position.float() * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        for layer in self.layers:
+            mixed = self._attend(layer, self._norm(x, layer.norms["before_mixer"]), position, cos, sin)
+            x = x + self._norm(mixed, layer.norms["after_mixer"])
+            gate, up = functional.linear(self._norm(x, layer.norms["before_mlp"]), layer.gate_up).chunk(2, dim=-1)
+            down = functional.linear(functional.gelu(gate, approximate="tanh") * up, layer.down)
+            x = x + self._norm(down, layer.norms["after_mlp"])
+        return _capped(
+            functional.linear(self._norm(x, self.final_norm), self.embedding)[0].float(), self.spec.final_softcap
+        )
+
+    def next_token(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return self.logits(token, position).argmax(keepdim=True)
+
+    def _attend(
+        self, layer: PlainLayer, x: torch.Tensor, position: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        spec = layer.attention
+        heads = functional.linear(x, layer.qkv).view(-1, spec.head_dim)
+        queries, keys, values = heads.split([spec.num_query_heads, spec.num_kv_heads, spec.num_kv_heads])
+        width = layer.keys.shape[1]
+        slot = position % width
+        layer.keys.index_copy_(1, slot, _turned(keys, cos, sin)[:, None])
+        layer.values.index_copy_(1, slot, values[:, None])
+        grouped = _turned(queries, cos, sin).view(spec.num_kv_heads, -1, spec.head_dim)
+        scores = _capped((grouped @ layer.keys.transpose(1, 2)).float() * spec.query_scale, spec.score_softcap)
+        # A ring holds the window and nothing else, so that a full one is seen whole.
+        seen = torch.arange(width, device=x.device) <= position
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(x.dtype)
+        return functional.linear((weights @ layer.values).view(1, -1), layer.output)
+
+    def _norm(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.norm_epsilon)
+        return (wide * scale * gain).to(x.dtype)
+
+
+def on(device: torch.device, tensor: Tensor) -> torch.Tensor:
+    """A stored bfloat16 tensor there."""
+    values = torch.from_numpy(tensor.data.copy()).view(torch.bfloat16)
+    return values.view(tensor.shape).to(device)
+
+
+def _layer(layer: LayerSpec, prefix: str, weights: Mapping[str, torch.Tensor], max_tokens: int) -> PlainLayer:
+    attention = layer.mixer
+    if not (isinstance(attention, AttentionSpec) and layer.norms.after_mixer and layer.norms.after_mlp):
+        raise BackendError(f"{prefix}: the plain model computes Gemma 2 and nothing else")
+    width = min(max_tokens, attention.window_keys or max_tokens)
+    shape = (attention.num_kv_heads, width, attention.head_dim)
+    down = weights[prefix + "mlp.down"]
+    roles = ("before_mixer", "after_mixer", "before_mlp", "after_mlp")
+    return PlainLayer(
+        attention=attention,
+        qkv=torch.cat([weights[f"{prefix}attention.{role}"] for role in ("query", "key", "value")]),
+        output=weights[prefix + "attention.output"],
+        gate_up=torch.cat([weights[f"{prefix}mlp.{role}"] for role in ("gate", "up")]),
+        down=down,
+        norms={role: 1 + weights[f"{prefix}norm_{role}"].float() for role in roles},
+        keys=torch.randn(shape, dtype=down.dtype, device=down.device),
+        values=torch.randn(shape, dtype=down.dtype, device=down.device),
+    )
+
+
+def _capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
