@@ -4,8 +4,8 @@
     gemma2-fast bench gpu 9b --json 9b.json
 
 Every part measures the ceilings first: how fast memory is read, and a product of 8192 x 8192 matrices in bfloat16.
-ops: each kernel at shapes of Gemma 2, beside PyTorch's own. 2b, 9b, 27b: decode of the whole engine with random weights.
-prefill: prompts of 8192 tokens. peers: our engine and PyTorch's compiled models in turn. A result is checked after it
+ops: each kernel at shapes of Gemma 2, beside PyTorch's own. 2b, 9b, 27b: decode of the whole engine with random
+weights. prefill: prompts of 8192 tokens. peers: our engine and PyTorch's compiled models in turn. A result is checked after it
 was timed, and a wrong one is not reported. Bars that are not met fail nothing; they are told at the end.
 """
 
@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from gemma2_fast.bench.command import add_json, main
-from gemma2_fast.bench.gpu_rows import GpuRow, tally, text_table
+from gemma2_fast.bench.gpu_rows import GpuRow, Missing, tally, text_table
 from gemma2_fast.bench.record import record, write_record
-from gemma2_fast.errors import BackendError
+from gemma2_fast.errors import BackendError, Gemma2FastError
 
 if TYPE_CHECKING:
     from gemma2_fast.bench.gpu_card import Card
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PARTS = ("ops", "2b", "9b", "27b", "prefill", "peers")
 
 
-def rows_of(part: str, card: Card, ceilings: GpuCeilings) -> Iterator[GpuRow | BackendError]:
-    """Only here is it said what a part measures. An error in between says what of it was not measured."""
+def rows_of(part: str, card: Card, ceilings: GpuCeilings) -> Iterator[GpuRow | Missing]:
+    """Only here is it said what a part measures."""
     from gemma2_fast.bench import gpu_models, gpu_ops, gpu_peers
 
     match part:
@@ -46,18 +46,19 @@ def rows_of(part: str, card: Card, ceilings: GpuCeilings) -> Iterator[GpuRow | B
             yield from gpu_models.decode_rows(card, ceilings, gpu_models.DecodePlan(size, batches=batches))
 
 
-def collect(rows: Iterable[GpuRow | BackendError]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows as JSON has them, printed as they come, and what was not measured and why."""
-    found, missing = [], []
+def collect(rows: Iterable[GpuRow | Missing]) -> tuple[list[dict[str, Any]], list[Missing]]:
+    """Rows as JSON has them, printed as they come, and what is missing. An error ends them, and is a fault."""
+    found: list[dict[str, Any]] = []
+    missing: list[Missing] = []
     try:
         for row in rows:
-            if isinstance(row, BackendError):
-                missing.append(str(row))
+            if isinstance(row, Missing):
+                missing.append(row)
                 continue
             found.append(asdict(row))
             print(f"  {row.what}, {row.shape}: {row.microseconds:.1f} µs", flush=True)
-    except BackendError as error:
-        missing.append(str(error))
+    except (Gemma2FastError, RuntimeError) as error:
+        missing.append(Missing(str(error), is_fault=True))
     return found, missing
 
 
@@ -86,21 +87,19 @@ def run(args: argparse.Namespace) -> None:
         "part": args.part,
         "card": {**asdict(card), "device": str(card.device)},
         "ceilings": asdict(ceilings),
-        "ceilings_after": asdict(measure(card)),
         "state": before,
         "state_after": state(),
-        "not_measured": missing,
+        "not_measured": [gap.reason for gap in missing],
     }
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
     if args.json:
         write_record(args.json, record("gpu", settings, rows, versions))
-    if rows:
-        print(text_table(rows))
+    print(text_table(rows))
     print(f"{ceilings.line()}; {tally(rows)}")
-    for reason in missing:
-        print(f"NOT MEASURED {reason}")
-    if not rows:
-        raise BackendError(f"nothing of {args.part} was measured")
+    for gap in missing:
+        print(f"NOT MEASURED {gap.reason}")
+    if faults := [gap.reason for gap in missing if gap.is_fault]:
+        raise BackendError(f"{len(faults)} of what bench gpu {args.part} measures went wrong: {'; '.join(faults)}")
 
 
 if __name__ == "__main__":

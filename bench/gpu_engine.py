@@ -156,14 +156,11 @@ def matrix_formats(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(sorted(num_bytes, key=lambda name: -num_bytes[name]))
 
 
-def check_formats(weights: Mapping[str, Tensor], quantization: str) -> None:
-    """BackendError where this build would keep quantised matrices on the GPU as something else."""
+def why_not_kept(weights: Mapping[str, Tensor], quantization: str) -> str | None:
+    """Where this build would keep quantised matrices on the GPU as something else, so that a figure would mislead."""
     wanted = {"int8": {"int8"}, "int4": {"int4", "int8"}}[quantization]
     found = {device_format(tensor) for tensor in weights.values() if len(tensor.shape) > 1}
-    if found != wanted:
-        raise BackendError(
-            f"{quantization} is not measured: this build keeps its matrices on a GPU as {', '.join(sorted(found))}"
-        )
+    return None if found == wanted else f"this build keeps its matrices on a GPU as {', '.join(sorted(found))}"
 
 
 def _token_ids(events: Sequence[_core.TokenEvent]) -> list[int]:

@@ -12,9 +12,9 @@ from gemma2_fast.bench import shapes, traffic
 from gemma2_fast.bench.gpu_bars import bars_of
 from gemma2_fast.bench.gpu_card import Card
 from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_engine import GpuEngine, Sizes, check_formats
+from gemma2_fast.bench.gpu_engine import GpuEngine, Sizes, why_not_kept
 from gemma2_fast.bench.gpu_random import random_tensors
-from gemma2_fast.bench.gpu_rows import GpuRow, row_of
+from gemma2_fast.bench.gpu_rows import GpuRow, Missing, row_of
 from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.device_weights import device_weight_bytes
 from gemma2_fast.errors import BackendError
@@ -62,19 +62,15 @@ def step_bytes(spec: ModelSpec, cache: CachePlan, stored: str, context: float, b
     return weights + batch * traffic.kv_bytes(cache, round(context))
 
 
-def decode_rows(card: Card, ceilings: GpuCeilings, plan: DecodePlan) -> Iterator[GpuRow | BackendError]:
-    """The error says why a way to store weights was not measured."""
+def decode_rows(card: Card, ceilings: GpuCeilings, plan: DecodePlan) -> Iterator[GpuRow | Missing]:
     spec = spec_of(plan.size)
     most_batch = max((1, *plan.batches))
     for stored in plan.quantizations:
         weights = random_tensors(spec, None if stored == UNQUANTIZED else stored)
-        try:
-            if stored != UNQUANTIZED:
-                check_formats(weights, stored)
-            error = check_against_reference(spec, stored, plan.checked_tokens)
-        except BackendError as problem:
-            yield BackendError(f"decode {plan.size} {stored}: {problem}")
+        if stored != UNQUANTIZED and (why := why_not_kept(weights, stored)) is not None:
+            yield Missing(f"decode {plan.size} {stored}: {why}", is_fault=False)
             continue
+        error = check_against_reference(spec, stored, plan.checked_tokens)
         with GpuEngine(spec, weights, Sizes(max_seq_len=spec.max_positions, max_batch=most_batch)) as engine:
             for context, batch in [(c, 1) for c in plan.contexts] + [(plan.contexts[0], b) for b in plan.batches]:
                 yield decode_row(ceilings, engine, plan, stored, context, batch, error)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from triton.errors import TritonError
+
 from gemma2_fast.bench import gpu_attention, gpu_small_cases
 from gemma2_fast.bench.gpu_bars import bars_of
 from gemma2_fast.bench.gpu_card import REPEATS, Card, relative_error, seconds_of
 from gemma2_fast.bench.gpu_cases import FORMATS, GpuCase, geglu, matmul, matmul_tiled, matrices
 from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_rows import STREAM, GpuRow, row_of
+from gemma2_fast.bench.gpu_rows import STREAM, GpuRow, Missing, row_of
 from gemma2_fast.bench.shapes import SIZES
 from gemma2_fast.errors import BackendError
 
@@ -36,26 +38,22 @@ class OpsPlan:
     peer_seconds: float = 360.0  # no peer is compiled later than so long after the start
 
 
-def rows(card: Card, ceilings: GpuCeilings, plan: OpsPlan) -> Iterator[GpuRow]:
-    """BackendError after the last row where a kernel's result was wrong; such rows are left out."""
+def rows(card: Card, ceilings: GpuCeilings, plan: OpsPlan) -> Iterator[GpuRow | Missing]:
+    """What a kernel that gave a wrong result or failed took is not told."""
     deadline = time.monotonic() + plan.peer_seconds
-    found, wrong = [], []
+    found = []
     for make in cases(card, ceilings, plan):
         try:
             row = measure(card, make(), plan.repeats, deadline)
-        except BackendError as error:
-            wrong.append(str(error))
-            print(f"REFUSED {error}", flush=True)
-            continue
-        finally:
-            card.free_memory()
-        found.append(row)
-        yield row
+        except (BackendError, RuntimeError, TritonError) as error:
+            yield Missing(str(error), is_fault=True)
+        else:
+            found.append(row)
+            yield row
+        card.free_memory()
     for size, stored in itertools.product(plan.sizes, plan.formats):
         if (row_of_step := whole_step(found, ceilings, size, stored)) is not None:
             yield row_of_step
-    if wrong:
-        raise BackendError(f"{len(wrong)} results are wrong, and their times not reported: {'; '.join(wrong)}")
 
 
 def cases(card: Card, ceilings: GpuCeilings, plan: OpsPlan) -> Iterator[MakeCase]:

@@ -56,9 +56,8 @@ class PlainGemma2:
             gate, up = functional.linear(self._norm(x, layer.norms["before_mlp"]), layer.gate_up).chunk(2, dim=-1)
             down = functional.linear(functional.gelu(gate, approximate="tanh") * up, layer.down)
             x = x + self._norm(down, layer.norms["after_mlp"])
-        return _capped(
-            functional.linear(self._norm(x, self.final_norm), self.embedding)[0].float(), self.spec.final_softcap
-        )
+        logits = functional.linear(self._norm(x, self.final_norm), self.embedding)[0]
+        return _capped(logits.float(), self.spec.final_softcap)
 
     def next_token(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         return self.logits(token, position).argmax(keepdim=True)

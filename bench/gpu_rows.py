@@ -23,6 +23,14 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What was not measured, and why. is_fault: because something is wrong, which fails the command."""
+
+    reason: str
+    is_fault: bool
+
+
+@dataclass(frozen=True)
 class Verdict:
     """value: None where there is nothing to compare, which no bar accepts."""
 
