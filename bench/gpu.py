@@ -5,8 +5,8 @@
 
 Every part measures the ceilings first: how fast memory is read, and a product of 8192 x 8192 matrices in bfloat16.
 ops: each kernel at shapes of Gemma 2, beside PyTorch's own. 2b, 9b, 27b: decode of the whole engine with random
-weights. prefill: prompts of 8192 tokens. peers: our engine and PyTorch's compiled models in turn. A result is checked after it
-was timed, and a wrong one is not reported. Bars that are not met fail nothing; they are told at the end.
+weights. prefill: prompts of 8192 tokens. peers: our engine and PyTorch's compiled models in turn. A result is checked
+after it was timed, and a wrong one is not reported. Bars that are not met fail nothing; they are told at the end.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,13 +105,11 @@ def prefill(card: Card, ceilings: GpuCeilings, size: str, tokens: int, window: i
     tiles = _int32(card, prefill_tiles([(0, tokens)], heads.group, how["tile"]))
     first_token, context_tokens = _int32(card, [0, tokens]), _int32(card, [0])
     scale = heads.head_dim**-0.5
-    rule = {"query_scale": scale, "score_softcap": CAP, "window_keys": window}
+    rule: dict[str, Any] = {"query_scale": scale, "score_softcap": CAP, "window_keys": window}
 
     def run(copy: int) -> Run:
-        cache = caches[copy]
-        return lambda: attention_prefill(
-            queries[copy], cache.pages, cache.table, first_token, context_tokens, tiles, outs[copy], **rule, **how
-        )
+        pages, table, some, out = caches[copy].pages, caches[copy].table, queries[copy], outs[copy]
+        return partial(attention_prefill, some, pages, table, first_token, context_tokens, tiles, out, **rule, **how)
 
     def exact(copy: int) -> torch.Tensor:
         return exact_attention(queries[copy], *caches[copy].rows(0), 0, scale, window)
@@ -147,20 +146,19 @@ def flex_runs(
         return CAP * torch.tanh(score / CAP)
 
     blocks = create_block_mask(mask, None, None, tokens, tokens, device=str(card.device))
-    compiled = torch.compile(flex_attention, mode=FLEX_MODE, dynamic=False)
-    inputs = [
-        tuple(part[None].contiguous() for part in (queries[copy].transpose(0, 1), *cache.rows(0)))
-        for copy, cache in enumerate(caches)
-    ]
+    compiled: Any = torch.compile(flex_attention, mode=FLEX_MODE, dynamic=False)
+    rule: dict[str, Any] = {"score_mod": capped, "block_mask": blocks, "scale": scale, "enable_gqa": True}
 
-    def run(copy: int) -> torch.Tensor:
-        out: torch.Tensor = compiled(*inputs[copy], score_mod=capped, block_mask=blocks, scale=scale, enable_gqa=True)
-        return out
+    def run(copy: int) -> Callable[[], torch.Tensor]:
+        parts = (queries[copy].transpose(0, 1), *caches[copy].rows(0))
+        query, key, value = (part[None].contiguous() for part in parts)
+        return partial(compiled, query, key, value, **rule)
 
-    error = relative_error(run(0)[0].transpose(0, 1), exact(0))
+    runs = [run(copy) for copy in range(len(caches))]
+    error = relative_error(runs[0]()[0].transpose(0, 1), exact(0))
     if not error <= LARGEST_ERROR:
         raise BackendError(f"its result is off by {error:.2g}, at most {LARGEST_ERROR}")
-    return [lambda copy=copy: run(copy) for copy in range(len(inputs))]
+    return runs
 
 
 def decode(card: Card, ceilings: GpuCeilings, size: str, context: int, batch: int) -> GpuCase:
@@ -179,12 +177,12 @@ def decode(card: Card, ceilings: GpuCeilings, size: str, context: int, batch: in
     arrivals = card.empty(batch, heads.kv_heads, dtype=torch.int32).zero_()
     first_token, context_tokens = _int32(card, list(range(batch + 1))), _int32(card, [context - 1] * batch)
     scale = heads.head_dim**-0.5
-    rule = {"query_scale": scale, "score_softcap": CAP, "window_keys": None}
+    rule: dict[str, Any] = {"query_scale": scale, "score_softcap": CAP, "window_keys": None}
 
     def run(copy: int) -> Run:
-        cache = caches[copy]
-        return lambda: attention_decode(
-            queries, cache.pages, cache.table, first_token, context_tokens, outs[copy], parts, part_sums, arrivals,
+        pages, table, out = caches[copy].pages, caches[copy].table, outs[copy]
+        return partial(
+            attention_decode, queries, pages, table, first_token, context_tokens, out, parts, part_sums, arrivals,
             **rule, **how,
         )  # fmt: skip
 

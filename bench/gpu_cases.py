@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +63,10 @@ class RandomWeights:
         spread = self.scales[copy].float().repeat_interleave(GROUP_COLS, dim=1)
         return weight * spread[:, : weight.shape[1]]
 
-    def arrays(self, copy: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.weight[copy], None if self.scales is None else self.scales[copy]
+    def arrays(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weight and scales of each copy."""
+        scales = itertools.repeat(None) if self.scales is None else iter(self.scales)
+        return zip(self.weight, scales, strict=False)
 
 
 def matrices(size: str) -> dict[str, tuple[int, int]]:
@@ -88,6 +92,12 @@ def random_weights(card: Card, stored: str, rows: int, cols: int) -> RandomWeigh
     return RandomWeights(codes, scales)
 
 
+def linear_runs(card: Card, x: torch.Tensor, weights: RandomWeights) -> Sequence[Run]:
+    """PyTorch's product with such a matrix in bfloat16."""
+    plain = weights if weights.scales is None else random_weights(card, "bfloat16", *weights.weight.shape[1:])
+    return [partial(functional.linear, x, weight) for weight, _ in plain.arrays()]
+
+
 def block_sizes(op: str, card: Card, **shape: int) -> dict[str, Any]:
     """As keywords of the op's wrapper."""
     sizes = tuned(op, card.arch, **shape)
@@ -110,26 +120,21 @@ def matmul(card: Card, ceilings: GpuCeilings, size: str, matrix: str, stored: st
         **block_sizes("matmul", card, tokens=1, format=FORMATS[stored]),
     }
 
-    def run(copy: int) -> Run:
-        weight, scales = weights.arrays(copy)
-        return lambda: matmul_kernel.matmul(x, weight, outs[copy], scales, **how)
-
     def results(copy: int) -> tuple[torch.Tensor, torch.Tensor]:
         product = x.float() @ weights.exact(copy).T
         return outs[copy], _gated(product) if geglu else product
 
-    def linear() -> Sequence[Run]:
-        plain = weights if stored == "bfloat16" else random_weights(card, "bfloat16", rows, cols)
-        return [lambda copy=copy: functional.linear(x, plain.weight[copy]) for copy in range(len(plain.weight))]
-
     return GpuCase(
         what=f"matmul {stored}",
         shape=f"{size} {matrix} [{rows}, {cols}] x 1",
-        runs=[run(copy) for copy in range(copies)],
+        runs=[
+            partial(matmul_kernel.matmul, x, weight, out, scales, **how)
+            for (weight, scales), out in zip(weights.arrays(), outs, strict=True)
+        ],
         outs=list(outs),
         results=results,
         limit=ceilings.bytes(weights.num_bytes),
-        peers={LINEAR: linear},
+        peers={LINEAR: partial(linear_runs, card, x, weights)},
         bars=f"matmul {stored}",
     )
 
@@ -142,22 +147,17 @@ def matmul_tiled(card: Card, ceilings: GpuCeilings, size: str, matrix: str, stor
     outs = card.empty(copies, num_tokens, rows)
     how = block_sizes("matmul_tiled", card, format=FORMATS[stored])
 
-    def run(copy: int) -> Run:
-        weight, scales = weights.arrays(copy)
-        return lambda: tiled_kernel.matmul_tiled(x, weight, outs[copy], scales, **how)
-
-    def linear() -> Sequence[Run]:
-        plain = weights if stored == "bfloat16" else random_weights(card, "bfloat16", rows, cols)
-        return [lambda copy=copy: functional.linear(x, plain.weight[copy]) for copy in range(len(plain.weight))]
-
     return GpuCase(
         what=f"matmul_tiled {stored}",
         shape=f"{size} {matrix} [{rows}, {cols}] x {num_tokens}",
-        runs=[run(copy) for copy in range(copies)],
+        runs=[
+            partial(tiled_kernel.matmul_tiled, x, weight, out, scales, **how)
+            for (weight, scales), out in zip(weights.arrays(), outs, strict=True)
+        ],
         outs=list(outs),
         results=lambda copy: (outs[copy], x.float() @ weights.exact(copy).T),
         limit=ceilings.operations(2.0 * rows * cols * num_tokens),
-        peers={LINEAR: linear},
+        peers={LINEAR: partial(linear_runs, card, x, weights)},
     )
 
 
@@ -170,7 +170,7 @@ def geglu(card: Card, ceilings: GpuCeilings, size: str, num_tokens: int) -> GpuC
     return GpuCase(
         what="geglu",
         shape=f"{size} [{num_tokens}, {mlp_width}]",
-        runs=[lambda copy=copy: geglu_kernel.geglu(gate_up[copy], outs[copy]) for copy in range(copies)],
+        runs=[partial(geglu_kernel.geglu, given, out) for given, out in zip(gate_up, outs, strict=True)],
         outs=list(outs),
         results=lambda copy: (outs[copy], _gated(gate_up[copy].float())),
         limit=ceilings.bytes(num_bytes),
