@@ -108,7 +108,7 @@ def _graph(runs: Sequence[Run]) -> torch.cuda.CUDAGraph:
 def _replays(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
     """Seconds of each replay; all are queued before the first is awaited."""
     graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     marks[0].record()
     for mark in marks[1:]:
         graph.replay()

@@ -56,7 +56,7 @@ class CompiledPlain:
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             self._token.copy_(self._next(self._token, self._position))
             self._position += 1
             self._token.item()
@@ -74,7 +74,8 @@ class CompiledTransformers:
     def __init__(
         self, spec: ModelSpec, weights: Mapping[str, Tensor], size: str, context: int, steps: int, device: torch.device
     ) -> None:
-        config = transformers.Gemma2Config(**shapes.config(size), attn_implementation="eager")
+        settings: dict[str, Any] = {**shapes.config(size), "attn_implementation": "eager"}
+        config = transformers.Gemma2Config(**settings)
         previous = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -89,15 +90,14 @@ class CompiledTransformers:
             raise RuntimeError(f"transformers names its weights otherwise: {missing[:3]}, {unexpected[:3]}")
         self._model.tie_weights()
         self._model.train(False)
-        self._cache = transformers.StaticCache(config=config, max_cache_len=context + steps)
+        self._cache: Any = transformers.StaticCache(config=config, max_cache_len=context + steps)
         self._next = torch.compile(self._next_token, mode=COMPILE_MODE)
         self._context = context
         self._device = device
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         self._cache.reset()
-        logits = self._forward(self._ids(ids), self._positions(0, len(ids)))
-        return logits.float()
+        return self._forward(self._ids(ids), self._positions(0, len(ids))).float()
 
     def decode(self, steps: int) -> list[float]:
         self._cache.reset()
@@ -108,7 +108,7 @@ class CompiledTransformers:
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             token.copy_(self._next(token, positions))
             positions += 1
             token.item()
@@ -118,12 +118,13 @@ class CompiledTransformers:
     def _next_token(self, token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self._forward(token, positions).argmax().view(1, 1)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> Any:
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[V], of the last token."""
-        out = self._model(
+        out: Any = self._model(
             input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
-        return out.logits[0, -1]
+        logits: torch.Tensor = out.logits[0, -1]
+        return logits
 
     def _ids(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(ids)], device=self._device)

@@ -67,7 +67,7 @@ class PlainGemma2:
     ) -> torch.Tensor:
         spec = layer.attention
         heads = functional.linear(x, layer.qkv).view(-1, spec.head_dim)
-        queries, keys, values = heads.split([spec.num_query_heads, spec.num_kv_heads, spec.num_kv_heads])
+        queries, keys, values = heads.tensor_split([spec.num_query_heads, spec.num_query_heads + spec.num_kv_heads])
         width = layer.keys.shape[1]
         slot = position % width
         layer.keys.index_copy_(1, slot, _turned(keys, cos, sin)[:, None])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from gemma2_fast.bench import shapes
 from gemma2_fast.bench.gpu_attention import Heads
-from gemma2_fast.bench.gpu_card import Card, Run
+from gemma2_fast.bench.gpu_card import Card
 from gemma2_fast.bench.gpu_cases import GpuCase
 from gemma2_fast.triton_kernels import embed as embed_kernel
 from gemma2_fast.triton_kernels import rms_norm as norm_kernel
@@ -35,12 +36,10 @@ def rms_norm_add(card: Card, size: str, tokens: int) -> GpuCase:
     after, before = (card.normal(copies, width, dtype=torch.float32, deviation=0.1) for _ in range(2))
     warps = NORM_WARPS if width > 2048 else 4
 
-    def run(copy: int) -> Run:
-        return lambda: norm_kernel.rms_norm_add(
-            branch[copy], after[copy], residual[copy], before[copy], EPSILON, outs[copy], num_warps=warps
-        )
-
-    runs = [run(copy) for copy in range(copies)]
+    runs = [
+        partial(norm_kernel.rms_norm_add, *buffers, EPSILON, out, num_warps=warps)
+        for *buffers, out in zip(branch, after, residual, before, outs, strict=True)
+    ]
 
     def results(copy: int) -> tuple[torch.Tensor, torch.Tensor]:
         total = residual[copy] + _normed(branch[copy].float(), after[copy])
@@ -67,10 +66,10 @@ def rope(card: Card, size: str, tokens: int) -> GpuCase:
     angles = card.normal(PAGE_TOKENS, heads.head_dim // 2, dtype=torch.float32)
     cos, sin = angles.cos(), angles.sin()
 
-    def run(copy: int) -> Run:
-        return lambda: rope_kernel.rope(qkv[copy], positions, sequences, cos, sin, pages[copy], sequences[:, None])
-
-    runs = [run(copy) for copy in range(copies)]
+    runs = [
+        partial(rope_kernel.rope, given, positions, sequences, cos, sin, stored, sequences[:, None])
+        for given, stored in zip(qkv, pages, strict=True)
+    ]
 
     def results(copy: int) -> tuple[torch.Tensor, torch.Tensor]:
         given = qkv[copy].float().clone()
@@ -99,7 +98,7 @@ def embed(card: Card, size: str, tokens: int) -> GpuCase:
     return GpuCase(
         "embed",
         f"{size} [{tokens}, {width}]",
-        [lambda copy=copy: embed_kernel.embed(ids[copy], table, scale, outs[copy]) for copy in range(copies)],
+        [partial(embed_kernel.embed, some, table, scale, out) for some, out in zip(ids, outs, strict=True)],
         list(outs),
         lambda copy: (outs[copy], table[ids[copy].long()].float() * scale),
     )
@@ -127,9 +126,6 @@ def sample(card: Card, rule: str, rows: int) -> GpuCase:
         card.empty(rows, blocks, dtype=torch.float64),
     )
 
-    def run(copy: int) -> Run:
-        return lambda: sample_kernel.sample(logits[copy], rules, *scratch, outs[copy], softcap=FINAL_CAP)
-
     def results(copy: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ones where the token is among those that the rule allows; with one allowed it is the token itself."""
         least = logits[copy].topk(top_k or 1).values[:, -1]
@@ -138,7 +134,11 @@ def sample(card: Card, rule: str, rows: int) -> GpuCase:
         allowed = inside & (chosen >= least)
         return allowed.float(), torch.ones_like(least)
 
-    return GpuCase("sample", f"{rule} [{rows}, {vocab}]", [run(copy) for copy in range(copies)], list(outs), results)
+    runs = [
+        partial(sample_kernel.sample, given, rules, *scratch, out, softcap=FINAL_CAP)
+        for given, out in zip(logits, outs, strict=True)
+    ]
+    return GpuCase("sample", f"{rule} [{rows}, {vocab}]", runs, list(outs), results)
 
 
 def _filled(card: Card, rows: int, value: Any, dtype: torch.dtype) -> torch.Tensor:
