@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -56,7 +57,7 @@ def _stream_rate(card: Card, source: torch.Tensor) -> float:
     for block, num_warps in STREAM_BLOCKS:
         blocks = source.view(-1, block)
         sums = card.empty(len(blocks), dtype=torch.int32)
-        seconds = seconds_of(card, [lambda b=blocks, s=sums, w=num_warps: stream(b, s, w)], [sums])  # type: ignore[misc]
+        seconds = seconds_of(card, [partial(stream, blocks, sums, num_warps)], [sums])
         if (found := _wrapped(int(sums.sum(dtype=torch.int64)))) != expected:
             raise BackendError(f"the kernel that measures the read bandwidth summed to {found}, expected {expected}")
         rates.append(source.nbytes / statistics.median(seconds))
