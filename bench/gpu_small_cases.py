@@ -37,8 +37,8 @@ def rms_norm_add(card: Card, size: str, tokens: int) -> GpuCase:
     warps = NORM_WARPS if width > 2048 else 4
 
     runs = [
-        partial(norm_kernel.rms_norm_add, *buffers, EPSILON, out, num_warps=warps)
-        for *buffers, out in zip(branch, after, residual, before, outs, strict=True)
+        partial(norm_kernel.rms_norm_add, given, gain, total, next_gain, EPSILON, out, num_warps=warps)
+        for given, gain, total, next_gain, out in zip(branch, after, residual, before, outs, strict=True)
     ]
 
     def results(copy: int) -> tuple[torch.Tensor, torch.Tensor]:

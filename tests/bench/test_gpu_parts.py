@@ -17,6 +17,7 @@ from gemma2_fast.bench import (
     gpu_peers,
     gpu_random,
     gpu_small_cases,
+    shapes,
 )
 from gemma2_fast.bench.gpu_card import Card
 from gemma2_fast.bench.gpu_ceilings import GpuCeilings
@@ -25,13 +26,14 @@ from gemma2_fast.engine import gpu as gpu_backend
 from gemma2_fast.engine import memory, options
 from gemma2_fast.errors import BackendError
 from gemma2_fast.triton_kernels.tuning import Tuned
+from tests.cuda import models
 from tests.cuda.fake_gpu import FakeGpu, build_fake_driver, teach_bfloat16
 from tests.cuda.models import PAGE, small_kernels
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
-    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
     pytest.mark.filterwarnings("ignore:\nflex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # by the compiler of torch itself
 ]
 
 CARD = Card(torch.device("cpu"), arch=90, num_processors=4, l2_bytes=64)
@@ -141,6 +143,12 @@ def test_a_peer_that_fails_is_told_and_counts_for_nothing(monkeypatch: pytest.Mo
 def imagined(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Its driver is where the engine looks for one."""
     library = build_fake_driver(tmp_path_factory.mktemp("driver"))
+    monkeypatch.setitem(shapes.SIZES, "tiny", (2, 64, 96, 4, 2, 16, 16))
+    monkeypatch.setattr(shapes, "VOCAB_SIZE", 128)
+    for op, sizes in {"matmul": {"ROWS": 128, "COLS": 64}, "matmul_tiled": SMALL_BLOCKS["matmul_tiled"]}.items():
+        monkeypatch.setitem(models.SMALL_BLOCKS, op, sizes)
+    for op in ("sample_scan", "sample_weigh", "sample_draw"):
+        monkeypatch.setitem(models.SMALL_BLOCKS, op, {"BLOCK": 128})
     gpu = FakeGpu(library, small_kernels(gpu_models.spec_of("tiny")))
     monkeypatch.setattr(options, "DRIVER_LIBRARY", gpu.path)
     monkeypatch.setattr(gpu_backend, "kernel_images", lambda arch: gpu.images())
