@@ -1,5 +1,5 @@
-"""What `bench gpu` counts: bytes of a step, operations of a prompt, shares of a limit, bars. Expected numbers are worked
-out by hand from the released configurations."""
+"""What `bench gpu` counts: bytes of a step, operations of a prompt, shares of a limit, bars. Expected numbers are
+worked out by hand from the released configurations."""
 
 from __future__ import annotations
 
@@ -45,9 +45,8 @@ def test_bytes_of_a_decode_step(size: str, gb: float, gb_at_8k: float) -> None:
     weights = step_bytes(spec, plan, "bfloat16", 0, 1)
     assert weights / 1e9 == pytest.approx(gb, abs=2e-3)
     assert (step_bytes(spec, plan, "bfloat16", 8192, 1) - weights) / 1e9 == pytest.approx(gb_at_8k, abs=1e-4)
-    assert step_bytes(spec, plan, "bfloat16", 128, 32) - weights == 32 * (
-        step_bytes(spec, plan, "bfloat16", 128, 1) - weights
-    )
+    one, many = (step_bytes(spec, plan, "bfloat16", 128, batch) for batch in (1, 32))
+    assert many - weights == 32 * (one - weights)
 
 
 @pytest.mark.parametrize(("size", "tflop"), [("2b", 33.2), ("9b", 136.4), ("27b", 426.7)])
