@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from gemma2_fast.bench.gpu_ceilings import measure
 
     card = Card.find()
+    torch.set_grad_enabled(False)
     torch.manual_seed(0)
     before = state()
     ceilings = measure(card)

@@ -41,7 +41,7 @@ def rows(card: Card, ceilings: GpuCeilings, plan: PeersPlan) -> Iterator[GpuRow]
     started, longest = time.monotonic(), 0.0
     spec = spec_of(plan.size)
     weights = random_tensors(spec, None)
-    with GpuEngine(spec, weights, Sizes(max_seq_len=spec.max_positions)) as engine, torch.inference_mode():
+    with GpuEngine(spec, weights, Sizes(max_seq_len=spec.max_positions)) as engine, torch.no_grad():
         ids = engine.random_ids(CHECKED_TOKENS)
         expected = torch.from_numpy(engine.logits(ids)[-1])
         for wanted in plan.contexts:

@@ -12,6 +12,7 @@ from gemma2_fast.bench import (
     gpu_attention,
     gpu_cases,
     gpu_ceilings,
+    gpu_engine,
     gpu_models,
     gpu_ops,
     gpu_peers,
@@ -25,9 +26,11 @@ from gemma2_fast.bench.gpu_rows import GpuRow, Missing
 from gemma2_fast.engine import gpu as gpu_backend
 from gemma2_fast.engine import memory, options
 from gemma2_fast.errors import BackendError
+from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.triton_kernels.tuning import Tuned
+from gemma2_fast.weights.manifest import check_weights
 from tests.cuda import models
-from tests.cuda.fake_gpu import FakeGpu, build_fake_driver, teach_bfloat16
+from tests.cuda.fake_gpu import FakeGpu, Launch, build_fake_driver, teach_bfloat16
 from tests.cuda.models import PAGE, small_kernels
 
 pytestmark = [
@@ -139,25 +142,32 @@ def test_a_peer_that_fails_is_told_and_counts_for_nothing(monkeypatch: pytest.Mo
     assert not any(verdict.met for verdict in row.verdicts if "peer" in verdict.bar)
 
 
+@pytest.fixture(scope="module")
+def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_fake_driver(tmp_path_factory.mktemp("driver"))
+
+
 @pytest.fixture
-def imagined(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+def imagined(driver_library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Its driver is where the engine looks for one."""
-    library = build_fake_driver(tmp_path_factory.mktemp("driver"))
-    monkeypatch.setitem(shapes.SIZES, "tiny", (2, 64, 96, 4, 2, 16, 16))
+    monkeypatch.setitem(shapes.SIZES, "tiny", (2, 64, 96, 2, 1, 16, 16))
     monkeypatch.setattr(shapes, "VOCAB_SIZE", 128)
     for op, sizes in {"matmul": {"ROWS": 128, "COLS": 64}, "matmul_tiled": SMALL_BLOCKS["matmul_tiled"]}.items():
         monkeypatch.setitem(models.SMALL_BLOCKS, op, sizes)
     for op in ("sample_scan", "sample_weigh", "sample_draw"):
         monkeypatch.setitem(models.SMALL_BLOCKS, op, {"BLOCK": 128})
-    gpu = FakeGpu(library, small_kernels(gpu_models.spec_of("tiny")))
+    gpu = FakeGpu(driver_library, small_kernels(gpu_models.spec_of("tiny")))
     monkeypatch.setattr(options, "DRIVER_LIBRARY", gpu.path)
     monkeypatch.setattr(gpu_backend, "kernel_images", lambda arch: gpu.images())
     monkeypatch.setattr(memory, "GPU_PAGE_TOKENS", PAGE)
     monkeypatch.setattr(gpu_models, "CHECKED_STEPS", 2)
+    monkeypatch.setattr(gpu_peers, "CHECKED_TOKENS", 4)
     return gpu
 
 
-DECODE = gpu_models.DecodePlan("tiny", (20,), (2,), ("bfloat16", "int8"), steps=3, rounds=1, warmup_steps=1)
+DECODE = gpu_models.DecodePlan(
+    "tiny", (4,), (2,), ("bfloat16", "int8"), steps=2, rounds=1, warmup_steps=1, checked_tokens=4
+)
 
 
 @pytest.mark.slow
@@ -166,30 +176,72 @@ def test_decode(imagined: FakeGpu) -> None:
     assert isinstance(single, GpuRow)
     assert isinstance(batch, GpuRow)
     assert single.what == "decode tiny bfloat16"
-    assert single.shape.startswith("context 20 to 23, batch 1, ")
-    assert len(single.runs_us) == 3
+    assert single.shape.startswith("context 4 to 6, batch 1, ")
+    assert len(single.runs_us) == 2
     assert batch.tokens_per_s == pytest.approx(2e6 / batch.microseconds)
     assert missing == Missing("decode tiny int8: this build keeps its matrices on a GPU as bfloat16", is_fault=False)
 
 
 @pytest.mark.slow
 def test_prefill(imagined: FakeGpu) -> None:
-    plan = gpu_models.PrefillPlan(("tiny",), tokens=24, repeats=2, checked_tokens=20)
+    plan = gpu_models.PrefillPlan(("tiny",), tokens=6, repeats=2, checked_tokens=4)
     (row,) = gpu_models.prefill_rows(CARD, CEILINGS, plan)
     assert row.what == "prefill tiny bfloat16"
-    assert row.tokens_per_s == pytest.approx(24e6 / row.microseconds)
+    assert row.tokens_per_s == pytest.approx(6e6 / row.microseconds)
 
 
 @pytest.mark.slow
 def test_peers(imagined: FakeGpu) -> None:
-    plan = gpu_peers.PeersPlan("tiny", contexts=(30,), steps=3, rounds=2, warmup_steps=1)
+    plan = gpu_peers.PeersPlan("tiny", contexts=(4,), steps=2, rounds=2, warmup_steps=1)
     (row,) = gpu_peers.rows(CARD, CEILINGS, plan)
     assert row.refused == {}
     assert set(row.peers) == {gpu_peers.PLAIN, gpu_peers.TRANSFORMERS}
-    assert len(row.runs_us) == 6
+    assert len(row.runs_us) == 4
 
 
 def test_kernels_that_compute_nothing_are_noticed(imagined: FakeGpu) -> None:
     imagined.computes = False
     with pytest.raises(BackendError, match="the logits"):
         gpu_models.check_against_reference(gpu_models.spec_of("tiny"), "bfloat16", 20)
+
+
+@pytest.mark.slow
+def test_a_decode_step_without_attention_is_noticed(imagined: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = imagined._compute
+
+    def all_but_attention(specialisation: Specialisation, kinds: dict[str, str], launch: Launch) -> None:
+        if specialisation.op != "attention_decode":
+            compute(specialisation, kinds, launch)
+
+    monkeypatch.setattr(imagined, "_compute", all_but_attention)
+    spec = gpu_models.spec_of("tiny")
+    with (
+        gpu_engine.GpuEngine(spec, gpu_random.random_tensors(spec, None), gpu_engine.Sizes(max_seq_len=64)) as engine,
+        pytest.raises(BackendError, match="the likeliest tokens are not those of one prompt"),
+    ):
+        engine.check_decode(6, 3)
+
+
+def test_a_peer_that_computes_something_else_is_not_timed() -> None:
+    class Other:
+        def logits(self, ids: Sequence[int]) -> torch.Tensor:
+            return torch.tensor([1.0, 0.0])
+
+        def decode(self, steps: int) -> list[float]:
+            raise AssertionError("timed")
+
+    with pytest.raises(BackendError, match="its logits are .* from ours"):
+        gpu_peers.checked(Other(), [1], torch.tensor([1.0, 0.1]), 1)
+
+
+def test_random_tensors_take_the_memory_of_the_largest() -> None:
+    spec = gpu_models.spec_of("tiny")
+    for quantization, name in ((None, "BF16"), ("int8", "INT8_G128"), ("int4", "INT4_G32")):
+        weights = gpu_random.random_tensors(spec, quantization)
+        check_weights(spec, weights, "random")
+        gate, up = (weights[f"layers.0.mlp.{role}"] for role in ("gate", "up"))
+        assert gate.format.name == name
+        assert gate.data.base is up.data.base
+        assert not (gate.to_float32() == up.to_float32()).all()
+        assert 0.01 < gate.to_float32().std() < 0.04
+        assert 0.05 < weights["final_norm"].to_float32().std() < 0.2
