@@ -1,12 +1,12 @@
-# make demo · test · check · format · sanitize · tsan · wheel · cubins · gpu · bench · peers · quality · clean
+# make demo · test · check · format · sanitize · tsan · wheel · cubins · gpu · bench · gpu-bench · peers · quality · clean
 # Set by the user where wanted: PROMPT, PYTHON, CXX, TORCH_INDEX_URL (an index of smaller, CPU-only torch builds), and for
-# `make gpu` GPU_PYTHON and GPU_RESULTS.
+# `make gpu` and `make gpu-bench` GPU_PYTHON and where results go.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format sanitize tsan wheel cubins gpu gpu-machine bench peers quality clean programs
+.PHONY: help demo test check format sanitize tsan wheel cubins gpu gpu-machine bench gpu-bench peers quality clean programs
 
 PROMPT ?= Water boils at
 TORCH_INDEX_URL ?=
@@ -42,6 +42,7 @@ help:
 	@echo 'make cubins    compile the GPU kernels for every architecture, for wheels made after it; needs no GPU'
 	@echo 'make gpu       install into the Python of a machine with an NVIDIA GPU, and test the kernels there; needs no network'
 	@echo 'make bench     measure this machine, the operations and the demo model, and draw the figures'
+	@echo 'make gpu-bench PART=ops|2b|9b|27b|prefill|peers   measure on an NVIDIA GPU, with GPU_PYTHON (bench/README.md)'
 	@echo 'make peers     install the engines that gemma2-fast bench peers compares with (bench/README.md)'
 	@echo 'make clean     remove everything that make made'
 
@@ -187,6 +188,15 @@ bench: $(DONE)/package $(DONE)/demo $(DONE)/plots
 	$(VENV)/bin/gemma2-fast bench ops --model 270m --seconds 0.5 --json $(RESULTS)/ops.json
 	$(VENV)/bin/gemma2-fast bench generate gemma-3-270m --json $(RESULTS)/generate.json
 	$(VENV)/bin/gemma2-fast bench report $(RESULTS)/*.json --out $(RESULTS)/report
+
+# With the machine's own Python, which has torch for its GPU; the package must be installed there.
+GPU_PYTHON ?= python3
+PART ?= ops
+gpu-bench: RESULTS := bench/results
+gpu-bench:
+	@if ! $(GPU_PYTHON) -c 'import gemma2_fast' 2>/dev/null; then \
+	    echo 'gemma2_fast is not installed for $(GPU_PYTHON): install it there, or name another interpreter with GPU_PYTHON=.'; exit 1; fi
+	$(GPU_PYTHON) -m gemma2_fast.bench.gpu $(PART) --json "$(RESULTS)/$$(date +%F)-gpu-$(PART).json"
 
 # Two environments, because exporters for OpenVINO and CTranslate2 need an older transformers than the tests. torch comes
 # first and is pinned, so that nothing else picks another build of it; the exporters need no torchvision, and one that

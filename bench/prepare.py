@@ -25,7 +25,7 @@ from gemma2_fast.weights.origin import Origin
 from gemma2_fast.weights.quantize import quantized_format
 from gemma2_fast.weights.writer import TensorSource, write_quantized
 
-__all__ = ["SIZES", "prepare", "random_blocks"]
+__all__ = ["SIZES", "prepare", "random_blocks", "random_pieces"]
 
 MAKERS = Path(__file__).resolve().parent / "makers"
 BF16 = FORMATS["BF16"]
@@ -80,7 +80,7 @@ def write_checkpoint(size: str, directory: Path) -> None:
     with open(directory / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shapes.values():
-            for piece in _random_pieces(shape, BF16, rng):
+            for piece in random_pieces(shape, BF16, rng):
                 file.write(piece.data)
 
 
@@ -91,7 +91,7 @@ def write_quantized_checkpoint(size: str, quantization: str, directory: Path) ->
     sources = {}
     for name, shape in shapes.items():
         stored = quantized_format(name, shape, quantization) or BF16
-        sources[names[name]] = TensorSource(shape, stored, partial(_random_pieces, shape, stored, rng))
+        sources[names[name]] = TensorSource(shape, stored, partial(random_pieces, shape, stored, rng))
     write_quantized(directory, sources, Origin(quantization, "random weights", __version__))
 
 
@@ -104,7 +104,7 @@ def _begin(size: str, directory: Path) -> tuple[Mapping[str, tuple[int, ...]], M
     return manifest(spec), hf_names(spec, ())
 
 
-def _random_pieces(shape: tuple[int, ...], stored: Format, rng: np.random.Generator) -> Iterator[Bytes]:
+def random_pieces(shape: tuple[int, ...], stored: Format, rng: np.random.Generator) -> Iterator[Bytes]:
     """The bytes of a random tensor in order, some at a time."""
     left = stored.num_bytes(shape) // stored.block_bytes
     while left:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma2_fast.bench import plots
+from gemma2_fast.bench import gpu_rows, plots
 from gemma2_fast.bench.command import main
 from gemma2_fast.bench.record import Row, read_record
 
@@ -145,6 +145,11 @@ def peers_table(content: Record) -> str:
     )
 
 
+def gpu_table(content: Record) -> str:
+    missing = "".join(f"\nNot measured: {reason}\n" for reason in content["settings"]["not_measured"])
+    return table(gpu_rows.COLUMNS, (gpu_rows.cells(row) for row in content["rows"])) + missing
+
+
 def work_name(row: Row) -> str:
     if row["work"] == "prefill":
         return f"prefill {row['context']}"
@@ -165,12 +170,14 @@ TITLES = {
     "ops": "Operations",
     "generate": "Whole model",
     "peers": "Beside other engines",
+    "gpu": "On a GPU",
 }
 TABLES: dict[str, Callable[[Record], str]] = {
     "machine": machine_table,
     "ops": ops_table,
     "generate": generate_table,
     "peers": peers_table,
+    "gpu": gpu_table,
 }
 
 

@@ -1,0 +1,133 @@
+"""Whole Gemma 2 models on a GPU: decode at long contexts and in batches beside the bytes that a step must read, and
+prefill beside the operations that a prompt must take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from gemma2_fast.bench import shapes, traffic
+from gemma2_fast.bench.gpu_bars import bars_of
+from gemma2_fast.bench.gpu_card import Card
+from gemma2_fast.bench.gpu_ceilings import GpuCeilings
+from gemma2_fast.bench.gpu_engine import GpuEngine, Sizes, why_not_kept
+from gemma2_fast.bench.gpu_random import random_tensors
+from gemma2_fast.bench.gpu_rows import GpuRow, Missing, row_of
+from gemma2_fast.engine.cache_plan import CachePlan
+from gemma2_fast.engine.device_weights import device_weight_bytes
+from gemma2_fast.errors import BackendError
+from gemma2_fast.reference.model import ReferenceModel
+from gemma2_fast.spec import ModelSpec
+from gemma2_fast.spec.families import spec_from_config
+
+UNQUANTIZED = "bfloat16"
+QUANTIZATIONS = (UNQUANTIZED, "int8", "int4")
+CHECKED_LAYERS = 2  # one with a window and one without
+CHECKED_STEPS = 8
+LARGEST_ERROR = 3e-2  # of logits, from activations that are rounded to bfloat16 between kernels
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """steps: of a round; batches: at the first of the contexts."""
+
+    size: str
+    contexts: tuple[int, ...] = (128, 4096, 8192)
+    batches: tuple[int, ...] = ()
+    quantizations: tuple[str, ...] = QUANTIZATIONS
+    steps: int = 100
+    rounds: int = 3
+    warmup_steps: int = 8
+    checked_tokens: int = 40
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    sizes: tuple[str, ...] = ("9b", "2b")
+    tokens: int = 8192
+    repeats: int = 20
+    checked_tokens: int = 40
+
+
+def spec_of(size: str) -> ModelSpec:
+    return spec_from_config(shapes.config(size))
+
+
+def step_bytes(spec: ModelSpec, cache: CachePlan, stored: str, context: float, batch: int) -> float:
+    """What a decode step must read: every weight once, the tied embedding as the head, and every sequence's keys and
+    values."""
+    weights = device_weight_bytes(spec, "BF16", None if stored == UNQUANTIZED else stored)
+    return weights + batch * traffic.kv_bytes(cache, round(context))
+
+
+def decode_rows(card: Card, ceilings: GpuCeilings, plan: DecodePlan) -> Iterator[GpuRow | Missing]:
+    spec = spec_of(plan.size)
+    most_batch = max((1, *plan.batches))
+    for stored in plan.quantizations:
+        weights = random_tensors(spec, None if stored == UNQUANTIZED else stored)
+        if stored != UNQUANTIZED and (why := why_not_kept(weights, stored)) is not None:
+            yield Missing(f"decode {plan.size} {stored}: {why}", is_fault=False)
+            continue
+        error = check_against_reference(spec, stored, plan.checked_tokens)
+        with GpuEngine(spec, weights, Sizes(max_seq_len=spec.max_positions, max_batch=most_batch)) as engine:
+            for context, batch in [(c, 1) for c in plan.contexts] + [(plan.contexts[0], b) for b in plan.batches]:
+                yield decode_row(ceilings, engine, plan, stored, context, batch, error)
+        card.free_memory()
+
+
+def decode_row(
+    ceilings: GpuCeilings, engine: GpuEngine, plan: DecodePlan, stored: str, context: int, batch: int, error: float
+) -> GpuRow:
+    """BackendError where the steps do not give what a prompt of the same tokens gives."""
+    begin = room_for(engine, context, plan.steps, batch)
+    engine.decode(begin, plan.warmup_steps, batch)
+    seconds = [s for _ in range(plan.rounds) for s in engine.decode(begin, plan.steps, batch).step_seconds]
+    engine.check_decode(begin, CHECKED_STEPS)
+    mean_context = begin + plan.steps / 2
+    what = f"decode {plan.size} {stored}"
+    num_bytes = step_bytes(engine.spec, engine.plan.cache, stored, mean_context, batch)
+    return row_of(
+        what, f"context {begin} to {begin + plan.steps}, batch {batch}, {num_bytes / 1e9:.3f} GB a step", seconds,
+        limit=ceilings.bytes(num_bytes), tokens=batch, error=error, bars=bars_of(what) if batch == 1 else (),
+    )  # fmt: skip
+
+
+def room_for(engine: GpuEngine, context: int, steps: int, batch: int) -> int:
+    """The context, or the longest that leaves room for the steps."""
+    cache = engine.plan.cache
+    head_start = 0 if batch == 1 else batch * (context // cache.max_step_tokens + 1)
+    return min(context, cache.max_seq_len - steps - head_start - 2)
+
+
+def check_against_reference(spec: ModelSpec, stored: str, tokens: int) -> float:
+    """The relative error of the logits of the first layers at their true shapes. BackendError where it is too large."""
+    short = replace(spec, layers=spec.layers[:CHECKED_LAYERS])
+    weights = random_tensors(short, None if stored == UNQUANTIZED else stored, seed=1)
+    with GpuEngine(short, weights, Sizes(max_seq_len=tokens + 1)) as engine:
+        ids = engine.random_ids(tokens)
+        ours = torch.from_numpy(engine.logits(ids)).double()
+    exact = ReferenceModel(short, weights, torch.float32).logits(ids).double()
+    error = float((ours - exact).norm() / exact.norm())
+    if not error <= LARGEST_ERROR:
+        raise BackendError(
+            f"the logits of {CHECKED_LAYERS} layers are off the reference by {error:.2g}, at most {LARGEST_ERROR}"
+        )
+    return error
+
+
+def prefill_rows(card: Card, ceilings: GpuCeilings, plan: PrefillPlan) -> Iterator[GpuRow]:
+    """A prompt's block matrices count, neither attention nor the head, though both take their time."""
+    for size in plan.sizes:
+        spec = spec_of(size)
+        error = check_against_reference(spec, UNQUANTIZED, plan.checked_tokens)
+        tokens = min(plan.tokens, spec.max_positions - 1)
+        with GpuEngine(spec, random_tensors(spec, None), Sizes(max_seq_len=spec.max_positions)) as engine:
+            engine.prefill(tokens)
+            seconds = [engine.prefill(tokens) for _ in range(plan.repeats)]
+            engine.check_decode(min(tokens, plan.tokens // 2), CHECKED_STEPS)
+        what = f"prefill {size} {UNQUANTIZED}"
+        limit = ceilings.operations(float(tokens) * traffic.block_operations(spec))
+        yield row_of(what, f"{tokens} tokens", seconds, limit=limit, tokens=tokens, error=error, bars=bars_of(what))
+        card.free_memory()
