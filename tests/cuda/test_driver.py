@@ -39,15 +39,15 @@ def test_no_driver(tmp_path: Path) -> None:
 def test_a_library_that_lacks_a_function(tmp_path: Path) -> None:
     library = tmp_path / "libempty.so"
     subprocess.run([os.environ.get("CXX", "c++"), "-shared", "-o", library, "-x", "c++", "/dev/null"], check=True)
-    with pytest.raises(BackendError, match=r"libempty.so has no cuInit: update NVIDIA's driver to CUDA 12.0"):
+    with pytest.raises(BackendError, match=r"libempty.so has no cuInit: update NVIDIA's driver to CUDA 12.3"):
         _core.CudaDevice(driver_library=str(library), ordinal=0)
 
 
 @pytest.mark.parametrize(
     ("version", "devices", "message"),
     [
-        (11080, 1, "knows CUDA 11.8, kernels need 12.0: update NVIDIA's driver"),
-        (12000, 0, 'the CUDA driver finds no GPU; use backend="cpu"'),
+        (12000, 1, "knows CUDA 12.0, kernels need 12.3: update NVIDIA's driver"),
+        (12030, 0, 'the CUDA driver finds no GPU; use backend="cpu"'),
     ],
 )
 def test_a_driver_without_use(gpu: FakeGpu, version: int, devices: int, message: str) -> None:
