@@ -3,12 +3,6 @@
 #include "cuda/launch_sizes.h"
 
 namespace gemma2_fast {
-namespace {
-
-constexpr int64_t kSequencesAtOnce = 16;  // in a tile of the step's gates
-
-}  // namespace
-
 RecurrentStates RecurrentStates::reserve(Arena& arena, const RecurrentStateGroup& group) {
     const int64_t numbers = (group.num_slots + 1) * group.width;
     return {.states = arena.reserve(numbers * kF32Bytes),
@@ -59,7 +53,7 @@ void RecurrentLayer::enqueue(const StepContext& step, const RecurrentScratch& sc
 void RecurrentLayer::advance_by_one(const StepContext& step) const {
     step_->launch(step.stream,
                   {.x = divide_up(spec_.width, step_->constant("CHANNELS")),
-                   .y = divide_up(step.shape.num_sequences, kSequencesAtOnce)},
+                   .y = divide_up(step.shape.num_sequences, step_->constant("SEQUENCES"))},
                   arguments(step));
 }
 
