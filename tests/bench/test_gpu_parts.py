@@ -3,6 +3,8 @@ card; the figures mean nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +59,7 @@ def _small(tiny_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_small_cases, "RULES", {"greedy": (0.0, None, 1.0), "top_k 8": (1.0, 8, 0.95)})
     monkeypatch.setattr(gpu_ceilings, "STREAM_BLOCKS", ((1024, 4), (2048, 4)))
     monkeypatch.setattr(gpu_random, "DRAWN_WEIGHTS", 10_007)
-    monkeypatch.setattr(gpu_random, "DRAWN_STRIPS", 3)
+    monkeypatch.setattr(gpu_random, "DRAWN_STRIPS", 211)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     torch.manual_seed(0)
 
