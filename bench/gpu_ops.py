@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from triton.errors import TritonError
 
@@ -15,7 +16,7 @@ from gemma2_fast.bench.gpu_bars import bars_of
 from gemma2_fast.bench.gpu_card import REPEATS, Card, relative_error, seconds_of
 from gemma2_fast.bench.gpu_cases import FORMATS, LINEAR, GpuCase, geglu, matmul, matmul_tiled, matrices
 from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_rows import GpuRow, Missing, row_of
+from gemma2_fast.bench.gpu_rows import GpuRow, Missing, reason, row_of
 from gemma2_fast.bench.shapes import SIZES
 from gemma2_fast.errors import BackendError
 
@@ -42,6 +43,8 @@ def rows(card: Card, ceilings: GpuCeilings, plan: OpsPlan) -> Iterator[GpuRow | 
     """What a kernel that gave a wrong result or failed took is not told."""
     deadline = time.monotonic() + plan.peer_seconds
     found = []
+    if "int4" not in FORMATS:
+        yield Missing("matmul int4: there is no kernel", is_fault=False)
     for make in cases(card, ceilings, plan):
         try:
             row = measure(card, make(), plan.repeats, deadline)
@@ -88,12 +91,9 @@ def measure(card: Card, case: GpuCase, repeats: int, deadline: float) -> GpuRow:
             refused[name] = OUT_OF_TIME
             continue
         try:
-            runs = make()
+            peers[name] = median(seconds_of(card, make(), (), repeats))
         except Exception as problem:  # a peer's own fault, which is told in its row
-            refused[name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:120]}"
-            continue
-        times = sorted(seconds_of(card, runs, (), repeats))
-        peers[name] = times[len(times) // 2]
+            refused[name] = reason(problem)
     return row_of(
         case.what, case.shape, seconds, limit=case.limit, error=error, peers=peers, refused=refused,
         bars=bars_of(case.bars or ""),

@@ -106,6 +106,11 @@ def row_of(
     )
 
 
+def reason(problem: Exception) -> str:
+    """The first line of what went wrong with a peer, for its place in a table."""
+    return f"{type(problem).__name__}: {str(problem).strip().partition('\n')[0][:120]}"
+
+
 def verdict(bar: Bar, value: float | None) -> Verdict:
     return Verdict(bar.text, value, value is not None and value >= bar.least)
 

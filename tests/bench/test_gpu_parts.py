@@ -85,7 +85,7 @@ OPS = gpu_ops.OpsPlan(
 
 def test_ops() -> None:
     rows = list(gpu_ops.rows(CARD, CEILINGS, OPS))
-    assert [row.reason for row in rows if isinstance(row, Missing)] == []
+    assert [row.reason for row in rows if isinstance(row, Missing) and row.is_fault] == []
     found = [row for row in rows if isinstance(row, GpuRow)]
     assert {row.what for row in found} == {
         "matmul bfloat16", "matmul int8", "matmul_tiled bfloat16", "matmul_tiled int8", "geglu", "attention_decode",
