@@ -64,7 +64,7 @@ class GpuEngine:
         return self._first_token(self.random_ids(tokens), None)[1]
 
     def decode(self, context: int, steps: int, batch: int = 1) -> list[float]:
-        """Seconds of at least so many steps after `context` tokens: between the tokens of the sequence that started last,
+        """Seconds of at least so many steps after `context` tokens: between tokens of the sequence that started last,
         while all were running. BackendError where they did not run together."""
         head_start = 0 if batch == 1 else batch * (context // self.plan.cache.max_step_tokens + 1)
         max_tokens = steps + 1 + head_start

@@ -108,7 +108,8 @@ def row_of(
 
 def reason(problem: Exception) -> str:
     """The first line of what went wrong with a peer, for its place in a table."""
-    return f"{type(problem).__name__}: {str(problem).strip().partition('\n')[0][:120]}"
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0][:120]}" if lines else type(problem).__name__
 
 
 def verdict(bar: Bar, value: float | None) -> Verdict:
