@@ -34,14 +34,6 @@ class Sizes:
     max_step_tokens: int | None = None
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """step_seconds: between the tokens of the sequence that started last, while all were running."""
-
-    step_seconds: list[float]
-    token_ids: list[int]  # of one sequence: its prompt and what followed
-
-
 class GpuEngine:
     """`with` frees the GPU's memory again."""
 
@@ -71,19 +63,19 @@ class GpuEngine:
         """Seconds from the request to its first token."""
         return self._first_token(self.random_ids(tokens), None)[1]
 
-    def decode(self, context: int, steps: int, batch: int = 1) -> Decoded:
-        """At least so many steps of sequences of `context` tokens. BackendError where they did not run together."""
+    def decode(self, context: int, steps: int, batch: int = 1) -> list[float]:
+        """Seconds of at least so many steps after `context` tokens: between tokens of the sequence that started last,
+        while all were running. BackendError where they did not run together."""
         head_start = 0 if batch == 1 else batch * (context // self.plan.cache.max_step_tokens + 1)
-        prompts = [self.random_ids(context) for _ in range(batch)]
-        sequences = [self._submit(prompt, max_tokens=steps + 1 + head_start) for prompt in prompts]
+        max_tokens = steps + 1 + head_start
+        sequences = [self._submit(self.random_ids(context), max_tokens=max_tokens) for _ in range(batch)]
         events = [self._events(sequence) for sequence in sequences]
         last = max(events, key=lambda some: some[0].time_ns)
         end = min(some[-1].time_ns for some in events)
         times = [event.time_ns for event in last if event.time_ns <= end]
         if len(times) <= steps:
             raise BackendError(f"{batch} sequences ran {len(times) - 1} steps together, {steps} were wanted")
-        seconds = [(later - earlier) / 1e9 for earlier, later in itertools.pairwise(times)]
-        return Decoded(seconds, prompts[0] + _token_ids(events[0]))
+        return [(later - earlier) / 1e9 for earlier, later in itertools.pairwise(times)]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Of every token of a prompt, with the cap."""

@@ -83,7 +83,7 @@ def decode_row(
     """BackendError where the steps do not give what a prompt of the same tokens gives."""
     begin = room_for(engine, context, plan.steps, batch)
     engine.decode(begin, plan.warmup_steps, batch)
-    seconds = [s for _ in range(plan.rounds) for s in engine.decode(begin, plan.steps, batch).step_seconds]
+    seconds = [s for _ in range(plan.rounds) for s in engine.decode(begin, plan.steps, batch)]
     engine.check_decode(begin, CHECKED_STEPS)
     mean_context = begin + plan.steps / 2
     what = f"decode {plan.size} {stored}"

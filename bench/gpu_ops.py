@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from triton.errors import TritonError
 
 from gemma2_fast.bench import gpu_attention, gpu_small_cases
 from gemma2_fast.bench.gpu_bars import bars_of
 from gemma2_fast.bench.gpu_card import REPEATS, Card, relative_error, seconds_of
-from gemma2_fast.bench.gpu_cases import FORMATS, GpuCase, geglu, matmul, matmul_tiled, matrices
+from gemma2_fast.bench.gpu_cases import FORMATS, LINEAR, GpuCase, geglu, matmul, matmul_tiled, matrices
 from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_rows import STREAM, GpuRow, Missing, row_of
+from gemma2_fast.bench.gpu_rows import GpuRow, Missing, reason, row_of
 from gemma2_fast.bench.shapes import SIZES
 from gemma2_fast.errors import BackendError
 
@@ -42,6 +43,8 @@ def rows(card: Card, ceilings: GpuCeilings, plan: OpsPlan) -> Iterator[GpuRow | 
     """What a kernel that gave a wrong result or failed took is not told."""
     deadline = time.monotonic() + plan.peer_seconds
     found = []
+    if "int4" not in FORMATS:
+        yield Missing("matmul int4: there is no kernel", is_fault=False)
     for make in cases(card, ceilings, plan):
         try:
             row = measure(card, make(), plan.repeats, deadline)
@@ -88,12 +91,9 @@ def measure(card: Card, case: GpuCase, repeats: int, deadline: float) -> GpuRow:
             refused[name] = OUT_OF_TIME
             continue
         try:
-            runs = make()
+            peers[name] = median(seconds_of(card, make(), (), repeats))
         except Exception as problem:  # a peer's own fault, which is told in its row
-            refused[name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:120]}"
-            continue
-        times = sorted(seconds_of(card, runs, (), repeats))
-        peers[name] = times[len(times) // 2]
+            refused[name] = reason(problem)
     return row_of(
         case.what, case.shape, seconds, limit=case.limit, error=error, peers=peers, refused=refused,
         bars=bars_of(case.bars or ""),
@@ -102,18 +102,15 @@ def measure(card: Card, case: GpuCase, repeats: int, deadline: float) -> GpuRow:
 
 def whole_step(found: Sequence[GpuRow], ceilings: GpuCeilings, size: str, stored: str) -> GpuRow | None:
     """All products of a decode step of one token, as many of each as the model has; None where one is missing."""
-    layers = SIZES[size][0]
-    times, num_bytes, linear = 0.0, 0.0, 0.0
+    what, layers = f"matmul {stored}", SIZES[size][0]
+    own, linear, num_bytes = 0.0, 0.0, 0.0
     for matrix in matrices(size):
-        count = 1 if matrix == "head" else layers
-        row = next((r for r in found if r.what == f"matmul {stored}" and r.shape.startswith(f"{size} {matrix} ")), None)
-        if row is None or row.limit != STREAM or row.num_bytes is None:
+        row = next((r for r in found if r.what == what and r.shape.startswith(f"{size} {matrix} ")), None)
+        if row is None or row.num_bytes is None or LINEAR not in row.peers:
             return None
-        times += count * row.microseconds / 1e6
+        count = 1 if matrix == "head" else layers
+        own += count * row.microseconds / 1e6
+        linear += count * row.peers[LINEAR] / 1e6
         num_bytes += count * row.num_bytes
-        linear += count * min(row.peers.values(), default=float("nan")) / 1e6
-    what = f"matmul {stored}"
-    peers = {} if linear != linear else {"F.linear bfloat16": linear}
-    return row_of(
-        what, f"{size} all of a step", [times], limit=ceilings.bytes(num_bytes), peers=peers, bars=bars_of(what)
-    )
+    limit, shape = ceilings.bytes(num_bytes), f"{size} all of a step"
+    return row_of(what, shape, [own], limit=limit, peers={LINEAR: linear}, bars=bars_of(what))

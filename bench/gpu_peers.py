@@ -17,7 +17,7 @@ from gemma2_fast.bench.gpu_engine import GpuEngine, Sizes
 from gemma2_fast.bench.gpu_models import UNQUANTIZED, room_for, spec_of, step_bytes
 from gemma2_fast.bench.gpu_ops import OUT_OF_TIME
 from gemma2_fast.bench.gpu_random import random_tensors
-from gemma2_fast.bench.gpu_rows import GpuRow, row_of
+from gemma2_fast.bench.gpu_rows import GpuRow, reason, row_of
 from gemma2_fast.errors import BackendError
 
 PLAIN, TRANSFORMERS = "torch.compile of a plain model", "transformers, static cache, torch.compile"
@@ -61,7 +61,7 @@ def rows(card: Card, ceilings: GpuCeilings, plan: PeersPlan) -> Iterator[GpuRow]
                 try:
                     peers[name] = checked(build(), ids, expected, plan.warmup_steps)
                 except Exception as problem:  # a peer's own fault, which is told in its row
-                    refused[name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:120]}"
+                    refused[name] = reason(problem)
                 longest = max(longest, time.monotonic() - begin)
             times = alternate(engine, peers, context, plan)
             num_bytes = step_bytes(spec, engine.plan.cache, UNQUANTIZED, context + plan.steps / 2, 1)
@@ -90,7 +90,7 @@ def checked(peer: Decoder, ids: Sequence[int], expected: torch.Tensor, warmup_st
 
 def alternate(engine: GpuEngine, peers: Mapping[str, Decoder], context: int, plan: PeersPlan) -> dict[str, list[float]]:
     """Seconds of every step, ours under "". Each round begins with another one."""
-    turns: dict[str, Callable[[], list[float]]] = {"": lambda: engine.decode(context, plan.steps).step_seconds}
+    turns: dict[str, Callable[[], list[float]]] = {"": partial(engine.decode, context, plan.steps)}
     turns |= {name: partial(peer.decode, plan.steps) for name, peer in peers.items()}
     names = list(turns)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -106,6 +106,12 @@ def row_of(
     )
 
 
+def reason(problem: Exception) -> str:
+    """The first line of what went wrong with a peer, for its place in a table."""
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0][:120]}" if lines else type(problem).__name__
+
+
 def verdict(bar: Bar, value: float | None) -> Verdict:
     return Verdict(bar.text, value, value is not None and value >= bar.least)
 

@@ -14,7 +14,7 @@ from gemma2_fast.bench import gpu, traffic
 from gemma2_fast.bench.gpu_attention import num_pairs, num_splits
 from gemma2_fast.bench.gpu_bars import BARS, Bar, bars_of
 from gemma2_fast.bench.gpu_card import Card, relative_error, state
-from gemma2_fast.bench.gpu_cases import matrices
+from gemma2_fast.bench.gpu_cases import LINEAR, matrices
 from gemma2_fast.bench.gpu_ceilings import GpuCeilings
 from gemma2_fast.bench.gpu_models import spec_of, step_bytes
 from gemma2_fast.bench.gpu_ops import whole_step
@@ -118,7 +118,7 @@ def matmul_row(size: str, matrix: str, microseconds: float) -> GpuRow:
     rows, cols = matrices(size)[matrix]
     limit = CEILINGS.bytes(2.0 * rows * cols)
     shape = f"{size} {matrix} [{rows}, {cols}] x 1"
-    return row_of("matmul bfloat16", shape, [microseconds / 1e6], limit=limit, peers={"F": 2 * microseconds / 1e6})
+    return row_of("matmul bfloat16", shape, [microseconds / 1e6], limit=limit, peers={LINEAR: 2 * microseconds / 1e6})
 
 
 def test_products_of_a_whole_step() -> None:

@@ -3,6 +3,8 @@ card; the figures mean nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +59,7 @@ def _small(tiny_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_small_cases, "RULES", {"greedy": (0.0, None, 1.0), "top_k 8": (1.0, 8, 0.95)})
     monkeypatch.setattr(gpu_ceilings, "STREAM_BLOCKS", ((1024, 4), (2048, 4)))
     monkeypatch.setattr(gpu_random, "DRAWN_WEIGHTS", 10_007)
-    monkeypatch.setattr(gpu_random, "DRAWN_STRIPS", 3)
+    monkeypatch.setattr(gpu_random, "DRAWN_STRIPS", 211)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     torch.manual_seed(0)
 
@@ -83,7 +85,7 @@ OPS = gpu_ops.OpsPlan(
 
 def test_ops() -> None:
     rows = list(gpu_ops.rows(CARD, CEILINGS, OPS))
-    assert [row.reason for row in rows if isinstance(row, Missing)] == []
+    assert [row.reason for row in rows if isinstance(row, Missing) and row.is_fault] == []
     found = [row for row in rows if isinstance(row, GpuRow)]
     assert {row.what for row in found} == {
         "matmul bfloat16", "matmul int8", "matmul_tiled bfloat16", "matmul_tiled int8", "geglu", "attention_decode",
