@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from gemma2_fast.triton_kernels import (
     attention_decode,
     attention_prefill,
+    conv1d,
     embed,
     geglu,
     manifest,
@@ -44,6 +45,7 @@ TARGETS = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 OPS = {
     "attention_prefill": attention_prefill.specialisations,
     "attention_decode": attention_decode.specialisations,
+    "conv1d": conv1d.specialisations,
     "embed": embed.specialisations,
     "geglu": geglu.specialisations,
     "matmul": matmul.specialisations,

@@ -83,7 +83,9 @@ def test_a_cap_is_one_instruction(compilation: Compilation, op: str) -> None:
     assert "tanh" not in compilation.of(op.format(0), FULL).ptx
 
 
-@pytest.mark.parametrize("op", ["geglu", "matmul", "matmul_tiled", "rms_norm", "attention_prefill", "attention_decode"])
+@pytest.mark.parametrize(
+    "op", ["conv1d", "geglu", "matmul", "matmul_tiled", "rms_norm", "attention_prefill", "attention_decode"]
+)
 def test_loads_are_wide(compilation: Compilation, op: str) -> None:
     """Sixteen bytes a thread: what the promises of alignment are for."""
     ptx = compilation.of(largest(op, FULL), FULL).ptx
