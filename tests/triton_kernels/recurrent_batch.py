@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,23 @@ class RecurrentBatch:
             if context:
                 states[slot] = state
         return states
+
+    def ring_afterwards(self) -> Tensor:
+        ring = self.ring()
+        for slot, (context, new), rows in zip(self.slots, self.lengths, self.inputs, strict=True):
+            for index in range(new):
+                ring[slot, (context + index) % TAPS] = rows[TAPS - 1 + index]
+        return ring
+
+    def part(self, begin: int, end: int) -> RecurrentBatch:
+        """Of each sequence's new tokens those from `begin` to `end`, the ones before taken for done."""
+        spans = [(min(begin, new), min(end, new)) for _, new in self.lengths]
+        return replace(
+            self,
+            lengths=tuple((context + a, b - a) for (context, _), (a, b) in zip(self.lengths, spans, strict=True)),
+            inputs=tuple(rows[a : TAPS - 1 + b] for rows, (a, b) in zip(self.inputs, spans, strict=True)),
+            branch=tuple(rows[a:b] for rows, (a, b) in zip(self.branch, spans, strict=True)),
+        )
 
     @property
     def state_slot(self) -> Tensor:
