@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.engine import core_cache_plan
+from tests.cuda.models import SmallModel
 from tests.support.tiny_models import TinyModel
 
 Floats = NDArray[np.float32]
@@ -18,7 +19,7 @@ Floats = NDArray[np.float32]
 class Loop:
     """step: of the model, with the cache of the plan. `with` closes the loop."""
 
-    def __init__(self, step: _core.ModelStep, model: TinyModel, plan: CachePlan) -> None:
+    def __init__(self, step: _core.ModelStep, model: SmallModel | TinyModel, plan: CachePlan) -> None:
         self.vocab_size = model.spec.vocab_size
         limits = _core.Limits(
             max_running_sequences=plan.max_sequences,

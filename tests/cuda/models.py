@@ -13,6 +13,7 @@ from gemma2_fast.engine.engine import core_cache_plan, core_spec
 from gemma2_fast.spec import AttentionSpec, ModelSpec
 from gemma2_fast.triton_kernels import build
 from gemma2_fast.triton_kernels.specialisation import Specialisation
+from gemma2_fast.weights.tensor import Tensor
 from tests.cuda.fake_gpu import FakeGpu
 from tests.support.tiny_models import TinyModel
 
@@ -28,29 +29,40 @@ SMALL_BLOCKS: Blocks = {
     "sample_weigh": {"BLOCK": 64},
     "sample_draw": {"BLOCK": 64},
     "matmul_tiled": {"TILE_TOKENS": 16, "TILE_ROWS": 32, "COLS": 64},
+    "conv1d": {"BLOCK": 64},
+    "rg_lru_gates": {"BLOCK_WIDTH": 16, "TILE_TOKENS": 16, "TILE_CHANNELS": 16, "COLS": 16},
+    "rg_lru_scan": {"CHANNELS": 16, "CHUNK": 8},
+    "rg_lru_step": {"BLOCK_WIDTH": 16, "CHANNELS": 16, "COLS": 16},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallModel:
+    """What a step on the imagined GPU needs to know of a model; a TinyModel has the same."""
+
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
 
 
 def small_kernels(spec: ModelSpec, blocks: Blocks = SMALL_BLOCKS) -> list[Specialisation]:
     """Every kernel that a tiny model needs: the compiled ones, with its head dims, its group and small blocks."""
-    shapes = {
-        (layer.mixer.head_dim, layer.mixer.num_query_heads // layer.mixer.num_kv_heads)
-        for layer in spec.layers
-        if isinstance(layer.mixer, AttentionSpec)
-    }
+    attention = {layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)}
     found = {}
     for specialisation in build.needed(ARCH):
-        for changed in _small(specialisation, shapes, blocks):
+        for changed in _small(specialisation, attention, blocks):
             found[changed.name] = changed
     return list(found.values())
 
 
-def _small(specialisation: Specialisation, shapes: set[tuple[int, int]], blocks: Blocks) -> Iterator[Specialisation]:
+def _small(specialisation: Specialisation, attention: set[AttentionSpec], blocks: Blocks) -> Iterator[Specialisation]:
     constants = {**specialisation.constants, **blocks.get(specialisation.op, {})}
     if "PAGE" in constants:
-        for head_dim, group in shapes:
-            own = {"PAGE": PAGE, "HEAD_DIM": head_dim}
-            own |= {"GROUP": group} if "GROUP" in constants else {"PAIRS": head_dim // 2}
+        for mixer in attention:
+            own = {"PAGE": PAGE, "HEAD_DIM": mixer.head_dim}
+            if "GROUP" in constants:
+                own["GROUP"] = mixer.num_query_heads // mixer.num_kv_heads
+            else:
+                own["PAIRS"] = mixer.rope.rotated_dims // 2
             yield dataclasses.replace(specialisation, constants={**constants, **own})
     else:
         yield dataclasses.replace(specialisation, constants=constants)
@@ -63,7 +75,9 @@ def small_plan(spec: ModelSpec, max_seq_len: int = 64, max_sequences: int = 4, m
     )  # fmt: skip
 
 
-def gpu_step(gpu: FakeGpu, model: TinyModel, plan: CachePlan, uploads: bool = True, **changes: Any) -> _core.GraphStep:
+def gpu_step(
+    gpu: FakeGpu, model: SmallModel | TinyModel, plan: CachePlan, uploads: bool = True, **changes: Any
+) -> _core.GraphStep:
     """A step of the model, its cache full of NaN. uploads: whether its weights are copied up, too."""
     matrices = [name for name, tensor in model.weights.items() if len(tensor.shape) > 1]
     arguments = {

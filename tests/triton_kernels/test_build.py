@@ -84,7 +84,13 @@ def test_a_cap_is_one_instruction(compilation: Compilation, op: str) -> None:
     assert "tanh" not in compilation.of(op.format(0), FULL).ptx
 
 
-@pytest.mark.parametrize("op", ["geglu", "matmul", "matmul_tiled", "rms_norm", "attention_prefill", "attention_decode"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("conv1d", "geglu", "matmul", "matmul_tiled", "rg_lru_gates", "rms_norm"),
+        *("attention_prefill", "attention_decode"),
+    ],
+)
 def test_loads_are_wide(compilation: Compilation, op: str) -> None:
     """Sixteen bytes a thread: what the promises of alignment are for."""
     ptx = compilation.of(largest(op, FULL), FULL).ptx
@@ -109,8 +115,16 @@ def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:
     assert "wgmma.mma_async" in compilation.of(PREFILL.format(1), FULL).ptx
     assert "mma.sync" in compilation.of(DECODE.format(1), FULL).ptx
     assert "mma" in compilation.of(largest("matmul", FULL), FULL).ptx
+    assert "wgmma.mma_async" in compilation.of(largest("rg_lru_gates", FULL), FULL).ptx
+    assert "mma.sync" in compilation.of(largest("rg_lru_step", FULL), FULL).ptx
     for name in (name for name, arch in CASES if arch == FULL and name.startswith("matmul_tiled")):
         assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in compilation.of(name, FULL).ptx
+
+
+@pytest.mark.parametrize("op", ["rg_lru_scan", "rg_lru_step"])
+def test_the_logarithm_near_one_is_exact(compilation: Compilation, op: str) -> None:
+    """The interpreter's always is, so only this shows that a GPU does not take the instruction, off by 2^-22 there."""
+    assert "lg2.approx" not in compilation.of(largest(op, FULL), FULL).ptx
 
 
 @pytest.mark.parametrize("op", ["sample_weigh", "sample_draw"])
