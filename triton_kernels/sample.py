@@ -221,11 +221,12 @@ def sample(
     heat, top_k = rules["temperature"], rules["top_k"]
     sample_scan_kernel[(blocks, rows)](logits, heat, firsts, best, vocab, KEEP=keep, BLOCK=block)
     sample_weigh_kernel[(blocks, rows)](
-        logits, heat, top_k, firsts, sums, vocab, cap, CAPPED=capped, BLOCK=block, BLOCKS=padded
+        logits, heat, top_k, firsts, sums, vocab, cap, CAPPED=capped, BLOCK=block, BLOCKS=padded, enable_fp_fusion=False
     )
     sample_draw_kernel[(rows,)](
         logits, heat, top_k, rules["top_p"], rules["min_p"], rules["seed"], rules["token_index"], firsts, best, sums,
         out, vocab, cap, CAPPED=capped, KEEP=keep, BLOCK=block, BLOCKS=padded, num_warps=8,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ class Case:
 
     family: str
     config: dict[str, Any]
-    prompt_tokens: int = 90
+    prompt_tokens: int = 20
     new_tokens: int = 200
     batch: tuple[int, ...] = (1, 2, 63, 64, 65, 130, 17, 200)
     batch_tokens: int = 60

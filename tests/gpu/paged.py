@@ -40,8 +40,8 @@ class PagedSequences:
     """lengths: of each sequence the tokens in the cache before the step, and the new ones.
 
     Pages lie in no order. Slots that no token was written to hold NaN, as does the page that the table names where
-    nothing is to be read. The last query of a sequence has its highest scores at the first key it sees and at the one
-    before, the first query at the key after its own.
+    nothing is to be read. The first and the last query of a sequence have their highest scores at the first key they
+    see and at the one before, the first query at the key after its own, too.
     """
 
     def __init__(self, place: Place, heads: Heads, lengths: Sequence[tuple[int, int]]) -> None:
@@ -72,10 +72,11 @@ class PagedSequences:
 
     def _plant(self, index: int) -> None:
         (context, new), queries = self.lengths[index], self._of(index)
-        own = context + new - 1
-        first = 0 if self.heads.window is None else max(0, own - self.heads.window + 1)
-        wanted = [(new - 1, key) for key in (first - 1, first) if 0 <= key < own]
-        wanted += [(0, context + 1)] if new > 1 else []
+        wanted = [(0, context + 1)] if new > 1 else []
+        for query in (0, new - 1):
+            own = context + query
+            first = 0 if self.heads.window is None else max(0, own - self.heads.window + 1)
+            wanted += [(query, key) for key in (first - 1, first) if 0 <= key < own]
         for query, key in wanted:
             towards = queries[query, :: self.heads.group].float()
             score = 8 * self.heads.spread

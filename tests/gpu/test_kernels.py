@@ -199,10 +199,10 @@ ROPES = {
     ("place", "case"), cases(ROPES, {"plain": (Heads(4, 2, 16), False), "normed": (Heads(2, 1, 32), True)})
 )
 def test_rope(judge: Judge, place: Place, case: tuple[Heads, bool]) -> None:
-    """Of two sequences, in pages that lie in no order; all else of the cache is left alone."""
+    """Of two sequences, in rings of pages that lie in no order; all else of the cache is left alone."""
     heads, normed = case
     page, keys_end = place.page_tokens, heads.query_heads + heads.kv_heads
-    positions = place.ints([0, 1, page - 1, page, 5 * page + 3, 2 * page - 1, 8000 % (6 * page)])
+    positions = place.ints([0, 1, page - 1, page, 5 * page + 3, 2 * page - 1, 7 * page + 5])
     sequences = place.ints([0, 0, 0, 0, 0, 1, 1])
     table = place.ints([[3, 9, 1, 11, 4, 7], [2, 8, 10, 5, 6, 0]])
     qkv = place.draw(len(positions), keys_end + heads.kv_heads, heads.head_dim)
@@ -210,7 +210,7 @@ def test_rope(judge: Judge, place: Place, case: tuple[Heads, bool]) -> None:
     pages = place.nothing(12, 2, heads.kv_heads, page, heads.head_dim)
     pairs = heads.head_dim // 2
     angles = torch.outer(
-        torch.arange(6 * page, device=place.device), 1e4 ** -(torch.arange(pairs, device=place.device) / pairs)
+        torch.arange(8 * page, device=place.device), 1e4 ** -(torch.arange(pairs, device=place.device) / pairs)
     )
     cos, sin, gains = angles.cos(), angles.sin(), {}
     if normed:
@@ -225,7 +225,7 @@ def test_rope(judge: Judge, place: Place, case: tuple[Heads, bool]) -> None:
         return torch.cat((plain.rope(queries, cos, sin), plain.rope(keys, cos, sin), values), 1)
 
     exact, usual = exact_and_plain(turned, before, cos[positions], sin[positions], dtype=place.dtype)
-    slots = table[sequences, positions // page].long(), positions.long() % page
+    slots = table[sequences, positions // page % table.shape[1]].long(), positions.long() % page
     written = pages[slots[0], :, :, slots[1]].flatten(1, 2)
     judge.close(torch.cat((qkv[:, : heads.query_heads], written), 1), exact, usual)
     judge.rejects(turned(before.double(), sin[positions], cos[positions]), exact, usual)
