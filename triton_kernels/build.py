@@ -204,8 +204,8 @@ def build(directory: Path, targets: Sequence[int], ops: Sequence[str]) -> list[C
         print(compiled.line(), flush=True)
     if found := [fault for compiled in done for fault in faults(compiled)]:
         raise RuntimeError("; ".join(found))
-    content = {"version": manifest.VERSION, "sources": manifest.sources_digest(), "kernels": rows}
-    (directory / manifest.FILE_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    written = {"version": manifest.VERSION, "sources": manifest.sources_digest(), "kernels": rows}
+    (directory / manifest.FILE_NAME).write_text(json.dumps(written, indent=1), encoding="utf-8")
     return done
 
 

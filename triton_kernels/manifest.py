@@ -45,12 +45,12 @@ class CompiledKernel:
     code: bytes
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any], directory: Path) -> CompiledKernel:
+    def of_row(cls, row: dict[str, Any], directory: Path) -> CompiledKernel:
         """A row of the manifest with its file. BackendError where either is not what build.py wrote."""
         where = f"kernel {row.get('name', '?')}"
-        values = {}
+        values: dict[str, Any] = {}
         for name, kind in _ROW_TYPES.items():
-            value = row.get(name)
+            value: Any = row.get(name)
             if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
                 raise _damaged(directory, f"{where}: {name} is {value!r}, expected {kind.__name__}")
             values[name] = value
