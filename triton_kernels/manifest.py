@@ -50,8 +50,8 @@ class CompiledKernel:
         where = f"kernel {row.get('name', '?')}"
         values: dict[str, Any] = {}
         for name, kind in _ROW_TYPES.items():
-            value: Any = row.get(name)
-            if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+            value = row.get(name)
+            if not _is_a(value, kind):
                 raise _damaged(directory, f"{where}: {name} is {value!r}, expected {kind.__name__}")
             values[name] = value
         if any(isinstance(value, bool) or not isinstance(value, int) for value in values["constants"].values()):
@@ -105,6 +105,13 @@ def sources_digest() -> str:
     for path in sorted([*sources.glob("*.py"), *sources.glob("*.json")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Numbers are counts and sizes; a truth is none."""
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, kind)
 
 
 def _argument(item: Any, where: str, directory: Path) -> Argument:
