@@ -47,7 +47,7 @@ def test_markdown_has_every_figure_with_its_origin(files: list[str], tmp_path: P
         "| 80 % of the read bandwidth | 20.0, 300, 1200 | 3.00 |",
         "| prompt | rg | 30000 | 6.90 | 0.985 | 3.00 | 41.00 | 80 % of the read bandwidth |",
         "| context | g | 8000 | 6.50 |  |  |  | 80 % of the read bandwidth |",
-        "| 5000 | 1000.0 | 20.00 |",
+        "| 4000 | 1000.0 | 20.00 |\n| 5000 | 1000.0 | 20.00 |\n",
         "slope   from token 500: speed +0.00 % in 10,000 tokens, memory +1.0 bytes a token",
         "| decode at context 64, batch 8 | llama_cpp | 40.00 | 1.50 | 70 % of the read bandwidth | 20.0, 300, 1200 |",
         "| llama_cpp | 2b.gguf | 2.600 | 1.0 | 3.00 | not compared: other weights |",
