@@ -198,10 +198,11 @@ gpu-bench:
 	    echo 'gemma2_fast is not installed for $(GPU_PYTHON): install it there, or name another interpreter with GPU_PYTHON=.'; exit 1; fi
 	$(GPU_PYTHON) -m gemma2_fast.bench.gpu $(PART) --json "$(RESULTS)/$$(date +%F)-gpu-$(PART).json"
 
-# Two environments, because exporters for OpenVINO and CTranslate2 need an older transformers than the tests. torch comes
-# first and is pinned, so that nothing else picks another build of it; the exporters need no torchvision, and one that
-# belongs to another build of torch keeps them from starting.
+# Three environments: exporters for OpenVINO and CTranslate2 need an older transformers than the tests, and recurrentgemma
+# asks for much that its PyTorch half does without. torch comes first and is pinned, so that nothing else picks another
+# build of it; the exporters need no torchvision, and one that belongs to another build of torch keeps them from starting.
 PEERS := .venv/peers
+GRIFFIN := .venv/recurrentgemma
 peers: $(DONE)/package $(DONE)/torch
 	$(call say,'Installing the [bench] extra into $(VENV): llama.cpp is compiled for this machine')
 	$(PIP) install --constraint constraints.txt $$($(EXTRA) bench | tr ' ' '\n' | grep -v '^gemma2-fast')
@@ -212,6 +213,13 @@ peers: $(DONE)/package $(DONE)/torch
 	    --requirement $(PEERS)/constraints.txt
 	$(PEERS)/bin/python -m pip install --constraint $(PEERS)/constraints.txt --requirement bench/peers-requirements.txt
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	$(call say,'Installing the PyTorch half of recurrentgemma into $(GRIFFIN)')
+	$(PYTHON) -m venv $(GRIFFIN)
+	$(GRIFFIN)/bin/python -m pip install $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') \
+	    --requirement $(PEERS)/constraints.txt
+	$(GRIFFIN)/bin/python -m pip install --constraint $(PEERS)/constraints.txt \
+	    --requirement bench/recurrentgemma-requirements.txt
+	$(GRIFFIN)/bin/python -m pip install --no-deps recurrentgemma==1.0.1
 
 quality: $(DONE)/package $(DONE)/test
 	$(call say,'Mean loss of each quantisation over 20,000 tokens of prose (some minutes)')

@@ -20,7 +20,7 @@ from gemma2_fast.errors import BackendError
 
 WORKERS = Path(__file__).resolve().parent / "workers"
 OURS = "gemma2_fast"
-PEERS = ("llama_cpp", "openvino", "ctranslate2", "transformers")
+PEERS = ("llama_cpp", "openvino", "ctranslate2", "transformers", "recurrentgemma")
 
 # A thread pool spins for a while after its work. The next engine starts when all others have stopped.
 IDLE_WINDOW_SECONDS = 0.03
@@ -71,13 +71,19 @@ class Engine:
             raise
         self.load_s = float(greeting["load_s"])
         self.versions: dict[str, str] = greeting["versions"]
-        self.peak_bytes = int(greeting["peak_bytes"])
+        self.peak_bytes, self.anonymous_bytes = int(greeting["peak_bytes"]), int(greeting["anonymous_bytes"])
 
     def prefill(self, tokens: int) -> float:
         return float(self._ask("prefill", tokens=tokens))
 
     def decode(self, batch: int, context: int, steps: int) -> float:
         return float(self._ask("decode", batch=batch, context=context, steps=steps))
+
+    def begin(self, context: int, steps: int) -> None:
+        self._ask("begin", context=context, steps=steps)
+
+    def advance(self, steps: int) -> float:
+        return float(self._ask("advance", steps=steps))
 
     def likeliest(self, ids: Sequence[int]) -> list[tuple[int, float]]:
         return [(token_id, logit) for token_id, logit in self._ask("likeliest", ids=list(ids))]
@@ -134,7 +140,7 @@ class Engine:
         if "error" in answer:
             hint = "; is it installed there? see bench/README.md" if "ModuleNotFoundError" in answer["error"] else ""
             raise BackendError(f"{self.spec.label} ({self.spec.python}): {answer['error']}{hint}")
-        self.peak_bytes = int(answer["peak_bytes"])
+        self.peak_bytes, self.anonymous_bytes = int(answer["peak_bytes"]), int(answer["anonymous_bytes"])
         return answer
 
     def _failure(self, what: str) -> BackendError:

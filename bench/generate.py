@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         for work in dict.fromkeys(works):
             # The steps' mean context, each sequence its own keys.
             context = work.context + work.steps / 2
-            step_bytes = weights + work.batch * traffic.kv_bytes(cache, int(context))
+            step_bytes = weights + work.batch * traffic.cache_bytes(cache, int(context))
             rows.append(row_of([s for s in samples if s.work == work], engine.peak_bytes, step_bytes, operations))
     for row in rows:
         print(line_of(row))

@@ -32,6 +32,7 @@ from gemma2_fast.bench.prepare import SIZES, prepare
 from gemma2_fast.bench.record import Row, record, write_record
 from gemma2_fast.bench.rounds import Sample, Work, alternate, longest
 from gemma2_fast.errors import BackendError, RequestError
+from gemma2_fast.weights.load import load_checkpoint
 
 LIMIT_SECONDS = 0.05  # spent on each limit between two runs
 # Prompts whose likeliest next tokens must agree; logits this near to each other count as a tie.
@@ -41,6 +42,7 @@ CHECKED_TEXT = (
 )
 CHECKED_PREFIXES = 6
 TIE = 0.5
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def parse_peer(text: str) -> tuple[str, str, dict[str, str]]:
@@ -104,9 +106,17 @@ def agree(mine: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]
 
 
 def model_bytes(spec: EngineSpec) -> int:
-    """Of a peer's weights as they lie on disk: what its decode step reads."""
+    """Of a peer's weights: what its decode step reads. They are in memory as on disk, but for a dtype asked for."""
     path = Path(str(spec.settings["model"]))
-    names = {"openvino": "openvino_model.bin", "ctranslate2": "model.bin", "transformers": "*.safetensors"}
+    dtype = spec.settings.get("options", {}).get("dtype")
+    if dtype in ELEMENT_BYTES:
+        return load_checkpoint(path).num_parameters * ELEMENT_BYTES[dtype]
+    names = {
+        "openvino": "openvino_model.bin",
+        "ctranslate2": "model.bin",
+        "transformers": "*.safetensors",
+        "recurrentgemma": "*.safetensors",
+    }
     files = [path] if path.is_file() else sorted(path.glob(names.get(spec.kind, "*")))
     return sum(file.stat().st_size for file in files)
 
@@ -201,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{label}: {check}")
         samples = collect(engines, works, args.rounds, lambda: best_rates(ceilings, LIMIT_SECONDS))
     step_bytes = {label: float(model_bytes(engine.spec)) for label, engine in engines.items()}
-    step_bytes[OURS] = traffic.weight_bytes(description, args.quantization) + traffic.kv_bytes(cache, args.context)
+    step_bytes[OURS] = traffic.weight_bytes(description, args.quantization) + traffic.cache_bytes(cache, args.context)
     rows = rows_of(samples, step_bytes, traffic.block_operations(spec))
     print_rows(rows)
     if args.json:

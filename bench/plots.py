@@ -1,4 +1,4 @@
-"""Plots of result files, as PNG: what bounds each operation, and how speed falls with context and grows with batch."""
+"""Plots of result files, as PNG: what bounds each operation, and speed against context, batch and length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ def draw(records: Sequence[Record], directory: Path) -> list[str]:
             f"plots need matplotlib ({error}): pip install 'gemma2-fast[bench]', or ask for --no-plots"
         ) from error
     names = []
-    for name, fill in (("roofline", roofline), ("context", against_context), ("batch", against_batch)):
+    kinds = {
+        "roofline": roofline,
+        "context": against_context,
+        "batch": against_batch,
+        "flat": flat_speed,
+        "series": flat_series,
+    }
+    for name, fill in kinds.items():
         figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
         axes = figure.add_subplot()
         if fill(axes, records):
@@ -102,6 +109,34 @@ def against_batch(axes: Any, records: Sequence[Record]) -> bool:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     return draw_lines(axes, lines)
+
+
+def flat_speed(axes: Any, records: Sequence[Record]) -> bool:
+    """Decode of one sequence at contexts and after prompts, a line a model."""
+    lines: Points = {}
+    for row in rows_of(records, "flat"):
+        if row["part"] in ("prompt", "context"):
+            name = f"{row['model']}, at contexts" if row["part"] == "context" else f"{row['model']}, after prompts"
+            lines.setdefault(name, []).append((row["context"], row["tokens_per_s"]))
+    axes.set(xlabel="context, tokens", ylabel="tokens/s", title="Decode speed against context")
+    return draw_lines(axes, lines)
+
+
+def flat_series(axes: Any, records: Sequence[Record]) -> bool:
+    """One long generation: speed, and anonymous memory on an axis of its own."""
+    rows = [row for row in rows_of(records, "flat") if row["part"] == "series"]
+    if not rows:
+        return False
+    tokens = [row["tokens"] for row in rows]
+    memory = axes.twinx()
+    (fast,) = axes.plot(tokens, [row["tokens_per_s"] for row in rows], color=COLOURS[0], label="speed")
+    (held,) = memory.plot(tokens, [row["anonymous_bytes"] / 2**20 for row in rows], color=COLOURS[1], label="memory")
+    axes.set(xlabel="tokens generated", ylabel="tokens/s", title=f"One generation of {rows[0]['model']}")
+    memory.set_ylabel("anonymous memory, MiB")
+    axes.set_ylim(bottom=0)
+    memory.set_ylim(bottom=0)
+    axes.legend(handles=[fast, held], fontsize="small", loc="lower right")
+    return True
 
 
 def draw_lines(axes: Any, lines: Points) -> bool:

@@ -1,4 +1,4 @@
-"""Random models of Gemma 2's shapes for every engine: speed needs shapes and formats, not trained weights."""
+"""Random models of released shapes for every engine: speed needs shapes and formats, not trained weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,12 @@ def prepare(directory: Path, size: str, pythons: Mapping[str, str], quantization
 
 
 def peer_commands(checkpoint: Path, size: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Peer, name of its model, and the arguments of its python that make it; where to make it comes last."""
+    """Peer, name of its model, and the arguments of its python that make it; where to make it comes last.
+
+    The makers know Gemma 2 alone; other checkpoints are for peers that read them as they are.
+    """
+    if config(size)["model_type"] != "gemma2":
+        return
     for kind in ("q8_0", "q4_0"):
         command = [str(MAKERS / "make_gguf.py"), str(checkpoint / "config.json"), kind]
         yield "llama_cpp", f"{size}-{kind}.gguf", command

@@ -19,7 +19,7 @@ from gemma2_fast import _core
 from gemma2_fast.errors import FileFormatError
 
 FORMAT = "gemma2-fast bench 1"
-KINDS = ("machine", "ops", "generate", "peers", "gpu")
+KINDS = ("machine", "ops", "generate", "flat", "peers", "gpu")
 FIELDS = {"format": str, "kind": str, "date": str, "machine": dict, "versions": dict, "settings": dict, "rows": list}
 
 Row = dict[str, Any]

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma2_fast.bench import gpu_rows, plots
+from gemma2_fast.bench import flat, gpu_rows, plots
 from gemma2_fast.bench.command import main
 from gemma2_fast.bench.record import Row, read_record
 
 Record = dict[str, Any]
+SERIES_SHOWN = 5
 LIMIT_NAMES = {
     "read_bytes": "the read bandwidth",
     "float32_operations": "the float32 peak",
@@ -150,6 +151,33 @@ def gpu_table(content: Record) -> str:
     return table(gpu_rows.COLUMNS, (gpu_rows.cells(row) for row in content["rows"])) + missing
 
 
+def flat_table(content: Record) -> str:
+    """A table for each part that was measured; of the long generation the slopes and some of its samples."""
+    rows = content["rows"]
+    decoded = [row for row in rows if row["part"] in ("prompt", "context")]
+    series = [row for row in rows if row["part"] == "series"]
+    parts = []
+    if decoded:
+        header = ["part", "model", "context", "tokens/s", "to the first", "cache MiB", "anonymous MiB", "of the limit"]
+        parts.append(table(header, map(flat_cells, decoded)))
+    if series:
+        shown = series[:: -max(1, len(series) // SERIES_SHOWN)][::-1]
+        cells = ((row["tokens"], f"{row['tokens_per_s']:.1f}", mebibytes(row, "anonymous_bytes")) for row in shown)
+        parts.append(table(["tokens generated", "tokens/s", "anonymous MiB"], cells))
+    parts += [f"{flat.line_of(row)}\n" for row in rows if row["part"] == "slope"]
+    return "\n".join(parts)
+
+
+def flat_cells(row: Row) -> tuple[object, ...]:
+    ratio = f"{row['speed_ratio']:.3f}" if "speed_ratio" in row else ""
+    memory = (mebibytes(row, "cache_bytes"), mebibytes(row, "anonymous_bytes"))
+    return row["part"], row["model"], row["context"], f"{row['tokens_per_s']:.2f}", ratio, *memory, shares(row)
+
+
+def mebibytes(row: Row, name: str) -> str:
+    return f"{row[name] / 2**20:.2f}" if name in row else ""
+
+
 def work_name(row: Row) -> str:
     if row["work"] == "prefill":
         return f"prefill {row['context']}"
@@ -169,6 +197,7 @@ TITLES = {
     "machine": "Ceilings of the machine",
     "ops": "Operations",
     "generate": "Whole model",
+    "flat": "Speed and memory against length",
     "peers": "Beside other engines",
     "gpu": "On a GPU",
 }
@@ -176,6 +205,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "machine": machine_table,
     "ops": ops_table,
     "generate": generate_table,
+    "flat": flat_table,
     "peers": peers_table,
     "gpu": gpu_table,
 }

@@ -59,6 +59,9 @@ class Sample:
     limits: Limits
 
 
+Turn = tuple[str, Timed, Work]  # the first names the samples
+
+
 def alternate(
     engines: dict[str, Timed],
     works: Sequence[Work],
@@ -67,19 +70,26 @@ def alternate(
     limits: Callable[[], Limits],
     settle: Callable[[], None],
 ) -> Iterator[Sample]:
-    """In every round each work is done by each engine in turn, the next round beginning with the next engine.
+    """In every round each work is done by each engine in turn."""
+    turns = [[(name, engine, work) for name, engine in engines.items()] for work in works]
+    return take_turns(turns, rounds, limits=limits, settle=settle)
+
+
+def take_turns(
+    turns: Sequence[Sequence[Turn]], rounds: int, *, limits: Callable[[], Limits], settle: Callable[[], None]
+) -> Iterator[Sample]:
+    """In every round all turns are taken, those to be compared after each other, the next of them first in the next.
 
     settle returns when no engine computes any more; it is called before everything that is timed.
     """
-    names = list(engines)
     settle()
     before = limits()
     for round_index in range(rounds):
-        first = round_index % len(names)
-        for work in works:
-            for name in names[first:] + names[:first]:
+        for compared in turns:
+            first = round_index % len(compared)
+            for name, engine, work in [*compared[first:], *compared[:first]]:
                 settle()
-                seconds = work.seconds(engines[name])
+                seconds = work.seconds(engine)
                 settle()
                 after = limits()
                 best = {limit: max(rate, after[limit]) for limit, rate in before.items()}

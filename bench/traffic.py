@@ -25,9 +25,10 @@ def weight_bytes(description: Description, quantization: str | None) -> int:
     return sum(in_memory(name, tensor) for name, tensor in description.checkpoint.weights.items())
 
 
-def kv_bytes(cache: CachePlan, context: int) -> float:
-    """Bytes of the keys and values that one sequence's step reads."""
-    return sum(
+def cache_bytes(cache: CachePlan, context: int) -> float:
+    """Bytes of the keys, values and recurrent state that one sequence's step reads."""
+    state = cache.recurrent.slot_bytes() if cache.recurrent else 0
+    return state + sum(
         group.block_bytes(cache.kv_dtype, cache.page_tokens)
         / cache.page_tokens
         * min(context, group.window_keys or context)
@@ -37,7 +38,11 @@ def kv_bytes(cache: CachePlan, context: int) -> float:
 
 def block_operations(spec: ModelSpec) -> int:
     """Operations of the block matrices for one token, without attention and head; a multiply-add counts as two."""
-    return 2 * sum(math.prod(shape) for name, shape in manifest(spec).items() if len(shape) > 1 and name != "embedding")
+    return 2 * sum(
+        math.prod(shape)
+        for name, shape in manifest(spec).items()
+        if len(shape) > 1 and name != "embedding" and not name.endswith("_bias")
+    )
 
 
 def cache_of(description: Description) -> CachePlan:

@@ -28,17 +28,25 @@ class Engine(Protocol):
     def decode(self, batch: int, context: int, steps: int) -> float:
         """Seconds of `steps` steps of `batch` sequences together, each after a prompt of `context` tokens."""
 
+    def begin(self, context: int, steps: int) -> None:
+        """Start a generation of one token and then `steps` more, and wait for the one."""
+
+    def advance(self, steps: int) -> float:
+        """Seconds of its next steps, since the end of those before."""
+
     def likeliest(self, ids: list[int]) -> list[tuple[int, float]]:
         """The five likeliest next ids with their logits, likeliest first."""
 
 
-COMMANDS = ("prefill", "decode", "likeliest", "encode")
+COMMANDS = ("prefill", "decode", "begin", "advance", "likeliest", "encode")
+# Of this process: resident memory at its highest, and what of it is now not of files.
+MEMORY = {"peak_bytes": "VmHWM:", "anonymous_bytes": "RssAnon:"}
 
 
-def peak_bytes() -> int:
-    """Resident memory of this process at its highest."""
+def memory() -> dict[str, int]:
     with open("/proc/self/status", encoding="ascii") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+        lines = {name: rest for name, *rest in map(str.split, status)}
+    return {name: 1024 * int(lines[line][0]) for name, line in MEMORY.items()}
 
 
 def main() -> None:
@@ -47,7 +55,7 @@ def main() -> None:
     os.dup2(2, 1)
 
     def reply(**fields: Any) -> None:
-        replies.write(json.dumps({**fields, "peak_bytes": peak_bytes()}) + "\n")
+        replies.write(json.dumps({**fields, **memory()}) + "\n")
 
     try:
         start = time.perf_counter()

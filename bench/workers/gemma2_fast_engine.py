@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -46,6 +48,17 @@ class Gemma2Fast:
                 others.enter_context(self._generator.stream(prompt, max_tokens=most, **GREEDY))
             result = self._generator.generate(self._random(context), max_tokens=steps + 1, **GREEDY)
         return float(result.timings.decode_ms) / 1000
+
+    def begin(self, context: int, steps: int) -> None:
+        self._running: Iterator[object] = self._generator.stream(self._random(context), max_tokens=1 + steps, **GREEDY)
+        next(self._running)
+        self._read_until = time.perf_counter()
+
+    def advance(self, steps: int) -> float:
+        for _ in range(steps):
+            next(self._running)
+        before, self._read_until = self._read_until, time.perf_counter()
+        return self._read_until - before
 
     def likeliest(self, ids: list[int]) -> list[tuple[int, float]]:
         logits = self._generator.logits(ids)[-1]

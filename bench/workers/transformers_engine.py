@@ -10,12 +10,13 @@ import transformers
 
 
 class Transformers:
-    """A checkpoint's directory. settings: model, threads."""
+    """A checkpoint's directory. settings: model, threads, options (dtype, as stored by default)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         torch.set_num_threads(settings["threads"])
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto")
+        dtype = settings["options"].get("dtype", "auto")
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype)
         self._model.train(False)
         self._random = torch.Generator().manual_seed(0)
 

@@ -19,9 +19,23 @@ def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny_size(monkeypatch: pytest.MonkeyPatch) -> str:
     """A size of four layers, known to `prepare` for one test."""
-    monkeypatch.setitem(shapes.SIZES, "tiny", (4, 64, 96, 4, 2, 16, 16))
-    monkeypatch.setattr(shapes, "VOCAB_SIZE", 512)
+    shape = {"layers": 4, "width": 64, "mlp_width": 96, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    monkeypatch.setitem(shapes.SIZES, "tiny", shapes.gemma2(**shape, query_scalar=16, vocab_size=512))
     return "tiny"
+
+
+@pytest.fixture
+def tiny_recurrent_size(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Five layers, two of every three recurrent, and a window of 16 earlier keys."""
+    shape = {"layers": 5, "width": 64, "mlp_width": 96, "heads": 4, "head_dim": 16, "vocab_size": 512}
+    monkeypatch.setitem(shapes.SIZES, "tiny-recurrent", shapes.recurrent_gemma(**shape, window=16))
+    return "tiny-recurrent"
+
+
+@pytest.fixture
+def tiny_recurrent_checkpoint(tiny_recurrent_size: str, tmp_path: Path) -> Path:
+    prepare(tmp_path / "models", tiny_recurrent_size, {})
+    return tmp_path / "models" / f"{tiny_recurrent_size}-hf"
 
 
 @pytest.fixture

@@ -77,6 +77,40 @@ def generate() -> dict[str, Any]:
     return record("generate", settings, rows, {"gemma2_fast": "0.1.0"})
 
 
+def flat() -> dict[str, Any]:
+    def decode(part: str, model: str, context: int, speed: float, **more: Any) -> dict[str, Any]:
+        return {
+            "part": part,
+            "model": model,
+            "work": "decode",
+            "context": context,
+            "batch": 1,
+            "steps": 4,
+            "seconds": [4 / speed] * 3,
+            "tokens_per_s": speed,
+            "peak_bytes": 3 << 30,
+            "limits": LIMITS,
+            "percent": {"read_bytes": 80.0},
+            **more,
+        }
+
+    def sample(tokens: int) -> dict[str, Any]:
+        figures = {"tokens": tokens, "seconds": 0.5, "tokens_per_s": 1000.0, "anonymous_bytes": (20 << 20) + tokens}
+        return {"part": "series", "model": "small", **figures}
+
+    rows = [
+        decode("prompt", "rg", 2100, 7.0, speed_ratio=1.0, cache_bytes=3 << 20, anonymous_bytes=40 << 20),
+        decode("prompt", "rg", 30000, 6.9, speed_ratio=0.985, cache_bytes=3 << 20, anonymous_bytes=41 << 20),
+        decode("context", "rg", 64, 7.1),
+        decode("context", "g", 64, 7.5),
+        decode("context", "g", 8000, 6.5),
+        *map(sample, range(500, 5001, 500)),
+        {"part": "slope", "model": "small", "first_token": 500, "speed_percent": 0.0, "bytes_per_token": 1.0},
+    ]
+    settings = {"model": "rg", "beside": ["g"], "threads": 2, "rounds": 3, "options": {"kv_dtype": "float32"}}
+    return record("flat", settings, rows)
+
+
 def peers() -> dict[str, Any]:
     def row(engine: str, batch: int, speed: float) -> dict[str, Any]:
         return {

@@ -28,7 +28,8 @@ def running(kind: str, **options: Any) -> Iterator[Engine]:
 
 def test_commands_and_answers() -> None:
     with running("steady") as engine:
-        assert (engine.load_s, engine.versions, engine.peak_bytes) == (0.25, {"steady": "1.0"}, 1 << 20)
+        assert (engine.load_s, engine.versions) == (0.25, {"steady": "1.0"})
+        assert (engine.peak_bytes, engine.anonymous_bytes) == (1 << 20, 1 << 19)
         assert engine.prefill(50) == 0.5
         assert engine.decode(8, 16, 20) == 0.2
         assert engine.encode("ab") == [97, 98]

@@ -56,11 +56,13 @@ def test_traffic_of_a_tiny_model(tiny_checkpoint: Path) -> None:
     assert traffic.block_operations(description.checkpoint.spec) == 2 * matrices
     assert traffic.weight_bytes(description, None) == 2 * (matrices + 512 * 64 + gains)
     cache = traffic.cache_of(description)
-    token_bytes = cache.paged[0].block_bytes("bfloat16") / 32  # of the two windowed layers, and of the two global ones
+    token_bytes = (
+        cache.paged[0].block_bytes("bfloat16", 32) / 32
+    )  # of the two windowed layers, and of the two global ones
     assert token_bytes >= 2 * 2 * 2 * 16 * 2
-    assert traffic.kv_bytes(cache, 100) == 100 * 2 * token_bytes
+    assert traffic.cache_bytes(cache, 100) == 100 * 2 * token_bytes
     # Beyond the window of 4096 only the two global layers read more.
-    assert traffic.kv_bytes(cache, 5000) == (4096 + 5000) * token_bytes
+    assert traffic.cache_bytes(cache, 5000) == (4096 + 5000) * token_bytes
 
 
 def test_weight_bytes_after_quantisation(tiny_checkpoint: Path) -> None:

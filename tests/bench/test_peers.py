@@ -101,8 +101,16 @@ def test_model_bytes(tmp_path: Path) -> None:
     for name, size in (("openvino_model.bin", 5), ("model.bin", 3), ("a.safetensors", 2), ("b.safetensors", 2)):
         (tmp_path / name).write_bytes(bytes(size))
     found = {kind: model_bytes(EngineSpec(kind, kind, {"model": str(tmp_path)})) for kind in peers.PEERS[1:]}
-    assert found == {"openvino": 5, "ctranslate2": 3, "transformers": 4}
+    assert found == {"openvino": 5, "ctranslate2": 3, "transformers": 4, "recurrentgemma": 4}
     assert model_bytes(EngineSpec("llama_cpp", "llama_cpp", {"model": str(tmp_path / "model.bin")})) == 3
+
+
+def test_model_bytes_in_another_dtype(tiny_checkpoint: Path) -> None:
+    """The file holds two bytes a weight and a header."""
+    settings = {"model": str(tiny_checkpoint), "options": {}}
+    stored = model_bytes(EngineSpec("transformers", "transformers", settings))
+    wider = model_bytes(EngineSpec("transformers", "transformers", settings | {"options": {"dtype": "float32"}}))
+    assert 0 < stored - wider // 2 < 8192
 
 
 def test_whole_comparison(

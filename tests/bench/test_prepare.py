@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ from gemma2_fast import Generator
 from gemma2_fast.bench import prepare as prepare_module
 from gemma2_fast.bench.engines import Engine, EngineSpec
 from gemma2_fast.bench.prepare import MAKERS, peer_commands, prepare
+from gemma2_fast.bench.shapes import config
 from gemma2_fast.errors import BackendError
+from gemma2_fast.spec.families import spec_from_config
 from gemma2_fast.weights.load import load_checkpoint
+from gemma2_fast.weights.manifest import manifest
 
 
 def test_checkpoint_runs(tiny_checkpoint: Path) -> None:
@@ -70,6 +74,31 @@ def test_commands_of_the_peers(tmp_path: Path) -> None:
     )
     assert commands["2b-openvino-int4"][1][-6:] == ["int4", "--group-size", "128", "--ratio", "1.0", "--sym"]
     assert all(Path(command[0]).is_file() for _, command in commands.values() if command[0].endswith(".py"))
+
+
+def test_makers_know_gemma2_alone(tmp_path: Path) -> None:
+    for size in ("gemma-2b", "recurrentgemma-2b"):
+        assert not list(peer_commands(tmp_path / f"{size}-hf", size))
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("2b", 2_614_341_888), ("gemma-2b", 2_506_172_416), ("recurrentgemma-2b", 2_682_862_080)],
+)
+def test_shapes_are_those_released(size: str, parameters: int) -> None:
+    shapes = manifest(spec_from_config(config(size)))
+    assert sum(math.prod(shape) for shape in shapes.values()) == parameters
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_recurrent_checkpoint_runs(tiny_recurrent_size: str, tmp_path: Path, quantization: str) -> None:
+    """Random weights keep every logit finite and away from the soft cap."""
+    prepare(tmp_path, tiny_recurrent_size, {}, quantization)
+    path = tmp_path / f"{tiny_recurrent_size}-{quantization}"
+    with Generator.from_pretrained(path, num_threads=1, progress=False) as gen:
+        logits = gen.logits(list(range(100)))
+    assert np.abs(logits).max() < 20
+    assert np.std(logits) > 0.01
 
 
 def test_a_peer_that_fails_leaves_nothing_under_its_name(

@@ -27,7 +27,7 @@ def test_a_record_says_where_when_and_with_what(tmp_path: Path) -> None:
     assert content["rows"] == [{"op": "add"}]
 
 
-@pytest.mark.parametrize("make", [results.machine, results.ops, results.generate, results.peers])
+@pytest.mark.parametrize("make", [results.machine, results.ops, results.generate, results.flat, results.peers])
 def test_every_kind_comes_back(make: type, tmp_path: Path) -> None:
     content = make()
     write_record(tmp_path / "r.json", content)

@@ -12,7 +12,7 @@ from gemma2_fast.cli import main
 from gemma2_fast.errors import BackendError
 from tests.bench import results
 
-KINDS = ("machine", "ops", "generate", "peers")
+KINDS = ("machine", "ops", "generate", "flat", "peers")
 
 
 @pytest.fixture
@@ -45,6 +45,10 @@ def test_markdown_has_every_figure_with_its_origin(files: list[str], tmp_path: P
         "| 64 % of the int8 peak, 256 % of the float32 peak | 20.0, 300, 1200 | 3.00 |",
         "| decode at context 16, batch 8 | 64.00 | 125.0 ms a step | 16.0 GB/s of 2.000 GB "
         "| 80 % of the read bandwidth | 20.0, 300, 1200 | 3.00 |",
+        "| prompt | rg | 30000 | 6.90 | 0.985 | 3.00 | 41.00 | 80 % of the read bandwidth |",
+        "| context | g | 8000 | 6.50 |  |  |  | 80 % of the read bandwidth |",
+        "| 4000 | 1000.0 | 20.00 |\n| 5000 | 1000.0 | 20.00 |\n",
+        "slope   from token 500: speed +0.00 % in 10,000 tokens, memory +1.0 bytes a token",
         "| decode at context 64, batch 8 | llama_cpp | 40.00 | 1.50 | 70 % of the read bandwidth | 20.0, 300, 1200 |",
         "| llama_cpp | 2b.gguf | 2.600 | 1.0 | 3.00 | not compared: other weights |",
     ):
@@ -65,7 +69,7 @@ def test_plots(files: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["bench", "report", *files, "--out", str(out)]) == 0
     pictures = sorted(path.name for path in out.glob("*.png"))
-    assert pictures == ["batch.png", "context.png", "roofline.png"]
+    assert pictures == ["batch.png", "context.png", "flat.png", "roofline.png", "series.png"]
     assert all((out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures)
     assert "![context](context.png)" in (out / "report.md").read_text()
 
@@ -74,6 +78,7 @@ def test_only_plots_with_figures_are_drawn(tmp_path: Path) -> None:
     assert plots.draw([results.machine()], tmp_path) == []
     assert plots.draw([results.ops()], tmp_path) == ["roofline.png"]
     assert plots.draw([results.peers()], tmp_path) == ["batch.png"]
+    assert plots.draw([results.flat()], tmp_path) == ["flat.png", "series.png"]
 
 
 def test_without_matplotlib_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemma2_fast.bench import generate, gpu, machine, ops, peers, report
+from gemma2_fast.bench import flat, generate, gpu, machine, ops, peers, report
 from gemma2_fast.cli.options import Subparsers
 
-MEASUREMENTS = (machine, ops, generate, peers, gpu, report)
+MEASUREMENTS = (machine, ops, generate, flat, peers, gpu, report)
 
 
 def add_parser(commands: Subparsers[Any]) -> None:
