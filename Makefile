@@ -190,7 +190,6 @@ bench: $(DONE)/package $(DONE)/demo $(DONE)/plots
 	$(VENV)/bin/gemma2-fast bench report $(RESULTS)/*.json --out $(RESULTS)/report
 
 # With the machine's own Python, which has torch for its GPU; the package must be installed there.
-GPU_PYTHON ?= python3
 PART ?= ops
 gpu-bench: RESULTS := bench/results
 gpu-bench:

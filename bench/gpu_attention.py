@@ -38,8 +38,8 @@ class Heads:
 
     @staticmethod
     def of(size: str) -> Heads:
-        _, _, _, query_heads, kv_heads, head_dim, _ = SIZES[size]
-        return Heads(query_heads, kv_heads, head_dim)
+        shape = SIZES[size]
+        return Heads(shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"])
 
     @property
     def group(self) -> int:

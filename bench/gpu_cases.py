@@ -71,13 +71,15 @@ class RandomWeights:
 
 def matrices(size: str) -> dict[str, tuple[int, int]]:
     """Rows and columns of what a decode step multiplies by; all but the head once a layer."""
-    _, width, mlp_width, heads, kv_heads, head_dim, _ = shapes.SIZES[size]
+    shape = shapes.SIZES[size]
+    width, mlp_width, head_dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     return {
         "qkv": ((heads + 2 * kv_heads) * head_dim, width),
         "output": (width, heads * head_dim),
         "gate_up": (2 * mlp_width, width),
         "down": (width, mlp_width),
-        "head": (shapes.VOCAB_SIZE, width),
+        "head": (shape["vocab_size"], width),
     }
 
 
@@ -163,7 +165,7 @@ def matmul_tiled(card: Card, ceilings: GpuCeilings, size: str, matrix: str, stor
 
 def geglu(card: Card, ceilings: GpuCeilings, size: str, num_tokens: int) -> GpuCase:
     """Alone, as it stands between the products of many tokens."""
-    mlp_width = shapes.SIZES[size][2]
+    mlp_width = shapes.SIZES[size]["intermediate_size"]
     num_bytes = 2 * num_tokens * 3 * mlp_width
     copies = card.copies(num_bytes)
     gate_up, outs = card.normal(copies, num_tokens, 2 * mlp_width), card.empty(copies, num_tokens, mlp_width)

@@ -59,7 +59,7 @@ def step_bytes(spec: ModelSpec, cache: CachePlan, stored: str, context: float, b
     """What a decode step must read: every weight once, the tied embedding as the head, and every sequence's keys and
     values."""
     weights = device_weight_bytes(spec, "BF16", None if stored == UNQUANTIZED else stored)
-    return weights + batch * traffic.kv_bytes(cache, round(context))
+    return weights + batch * traffic.cache_bytes(cache, round(context))
 
 
 def decode_rows(card: Card, ceilings: GpuCeilings, plan: DecodePlan) -> Iterator[GpuRow | Missing]:

@@ -102,7 +102,7 @@ def measure(card: Card, case: GpuCase, repeats: int, deadline: float) -> GpuRow:
 
 def whole_step(found: Sequence[GpuRow], ceilings: GpuCeilings, size: str, stored: str) -> GpuRow | None:
     """All products of a decode step of one token, as many of each as the model has; None where one is missing."""
-    what, layers = f"matmul {stored}", SIZES[size][0]
+    what, layers = f"matmul {stored}", SIZES[size]["num_hidden_layers"]
     own, linear, num_bytes = 0.0, 0.0, 0.0
     for matrix in matrices(size):
         row = next((r for r in found if r.what == what and r.shape.startswith(f"{size} {matrix} ")), None)

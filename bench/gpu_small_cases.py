@@ -29,7 +29,7 @@ RULES: dict[str, tuple[float, int | None, float]] = {
 
 def rms_norm_add(card: Card, size: str, tokens: int) -> GpuCase:
     """Both norms and the residual. The residual grows from run to run, so that the check makes one of its own."""
-    width = shapes.SIZES[size][1]
+    width = shapes.SIZES[size]["hidden_size"]
     copies = card.copies(tokens * width * 12)
     branch, outs = card.normal(copies, tokens, width), card.empty(copies, tokens, width)
     residual = card.normal(copies, tokens, width, dtype=torch.float32)
@@ -90,7 +90,7 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def embed(card: Card, size: str, tokens: int) -> GpuCase:
     """Each run has other tokens of one table."""
-    width, vocab = shapes.SIZES[size][1], shapes.VOCAB_SIZE
+    width, vocab = shapes.SIZES[size]["hidden_size"], shapes.SIZES[size]["vocab_size"]
     copies = card.copies(tokens * width * 6)
     table, outs = card.normal(vocab, width), card.empty(copies, tokens, width, dtype=torch.float32)
     ids = card.integers(0, vocab, copies, tokens)

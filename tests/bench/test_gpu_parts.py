@@ -152,8 +152,8 @@ def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def imagined(driver_library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Its driver is where the engine looks for one."""
-    monkeypatch.setitem(shapes.SIZES, "tiny", (2, 64, 96, 2, 1, 16, 16))
-    monkeypatch.setattr(shapes, "VOCAB_SIZE", 128)
+    tiny = {"layers": 2, "width": 64, "mlp_width": 96, "heads": 2, "kv_heads": 1, "head_dim": 16, "vocab_size": 128}
+    monkeypatch.setitem(shapes.SIZES, "tiny", shapes.gemma2(**tiny, query_scalar=16))
     for op, sizes in {"matmul": {"ROWS": 128, "COLS": 64}, "matmul_tiled": SMALL_BLOCKS["matmul_tiled"]}.items():
         monkeypatch.setitem(models.SMALL_BLOCKS, op, sizes)
     for op in ("sample_scan", "sample_weigh", "sample_draw"):
