@@ -154,8 +154,9 @@ def imagined(driver_library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Its driver is where the engine looks for one."""
     tiny = {"layers": 2, "width": 64, "mlp_width": 96, "heads": 2, "kv_heads": 1, "head_dim": 16, "vocab_size": 128}
     monkeypatch.setitem(shapes.SIZES, "tiny", shapes.gemma2(**tiny, query_scalar=16))
-    for op, sizes in {"matmul": {"ROWS": 128, "COLS": 64}, "matmul_tiled": SMALL_BLOCKS["matmul_tiled"]}.items():
-        monkeypatch.setitem(models.SMALL_BLOCKS, op, sizes)
+    groups = {"COLS": 128}  # which int8 needs whole
+    for op, sizes in {"matmul": {"ROWS": 128}, "matmul_tiled": SMALL_BLOCKS["matmul_tiled"]}.items():
+        monkeypatch.setitem(models.SMALL_BLOCKS, op, {**sizes, **groups})
     for op in ("sample_scan", "sample_weigh", "sample_draw"):
         monkeypatch.setitem(models.SMALL_BLOCKS, op, {"BLOCK": 128})
     gpu = FakeGpu(driver_library, small_kernels(gpu_models.spec_of("tiny")))
@@ -174,14 +175,14 @@ DECODE = gpu_models.DecodePlan(
 
 @pytest.mark.slow
 def test_decode(imagined: FakeGpu) -> None:
-    single, batch, missing = gpu_models.decode_rows(CARD, CEILINGS, DECODE)
-    assert isinstance(single, GpuRow)
-    assert isinstance(batch, GpuRow)
-    assert single.what == "decode tiny bfloat16"
-    assert single.shape.startswith("context 4 to 6, batch 1, ")
-    assert len(single.runs_us) == 2
-    assert batch.tokens_per_s == pytest.approx(2e6 / batch.microseconds)
-    assert missing == Missing("decode tiny int8: this build keeps its matrices on a GPU as bfloat16", is_fault=False)
+    rows = list(gpu_models.decode_rows(CARD, CEILINGS, DECODE))
+    assert [row.what for row in rows] == [f"decode tiny {stored}" for stored in ("bfloat16", "int8") for _ in range(2)]
+    for single, batch in (rows[:2], rows[2:]):
+        assert isinstance(single, GpuRow)
+        assert isinstance(batch, GpuRow)
+        assert single.shape.startswith("context 4 to 6, batch 1, ")
+        assert len(single.runs_us) == 2
+        assert batch.tokens_per_s == pytest.approx(2e6 / batch.microseconds)
 
 
 @pytest.mark.slow
