@@ -56,6 +56,8 @@ class CompiledKernel:
             values[name] = value
         if any(isinstance(value, bool) or not isinstance(value, int) for value in values["constants"].values()):
             raise _damaged(directory, f"{where}: a constant is no whole number")
+        if values["pointer_alignment_bytes"] == 0 or values["num_warps"] == 0:
+            raise _damaged(directory, f"{where}: an alignment or a number of warps is 0")
         values["arguments"] = tuple(_argument(item, where, directory) for item in values["arguments"])
         path = directory / values["file"]
         if Path(values["file"]).name != values["file"] or not path.is_file():
@@ -95,7 +97,7 @@ def read_manifest(directory: Path, arch: int) -> list[CompiledKernel]:
         raise _damaged(directory, f"{FILE_NAME} has no list of kernels")
     chosen = [row for row in rows if row.get("arch") == arch and row.get("ptx") is False]
     if not chosen:
-        chosen = [row for row in rows if row.get("ptx") is True and row.get("arch", 0) <= arch]
+        chosen = [row for row in rows if row.get("ptx") is True and _is_a(row.get("arch"), int) and row["arch"] <= arch]
     return [CompiledKernel.of_row(row, directory) for row in chosen]
 
 
@@ -124,4 +126,6 @@ def _argument(item: Any, where: str, directory: Path) -> Argument:
 
 
 def _damaged(directory: Path, what: str) -> BackendError:
-    return BackendError(f"GPU kernels in {directory} cannot be used: {what}; compile them again (make cubins)")
+    return BackendError(
+        f"GPU kernels in {directory} cannot be used: {what}; delete that directory, and they are compiled anew"
+    )

@@ -42,7 +42,8 @@ void upload(GraphStep& step, const std::string& name, const std::string& part,
 
 void bind_cuda(py::module_& module) {
     py::class_<Device, std::shared_ptr<Device>>(module, "CudaDevice")
-        .def(py::init<const std::string&, int>(), py::kw_only(), py::arg("driver_library"), py::arg("ordinal"))
+        .def(py::init<const std::string&, int>(), py::kw_only(), py::arg("driver_library"), py::arg("ordinal"),
+             py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("name", &Device::name)
         .def_property_readonly("arch", &Device::arch)
         .def_property_readonly("free_bytes", [](const Device& device) {
@@ -87,10 +88,11 @@ void bind_cuda(py::module_& module) {
              }),
              py::kw_only(), py::arg("device"), py::arg("spec"), py::arg("plan"), py::arg("formats"), py::arg("kernels"),
              py::arg("max_step_tokens"), py::arg("max_logits_rows"), py::arg("max_sequences"), py::arg("max_seq_len"),
-             py::arg("captures") = true)
+             py::arg("captures") = true, py::call_guard<py::gil_scoped_release>())
         .def("upload", &upload, py::arg("name"), py::arg("part"), py::arg("data"))
         .def("finish_upload", &GraphStep::finish_upload, py::call_guard<py::gil_scoped_release>())
-        .def("poison_cache", &GraphStep::poison_cache, "Fills every cache page with NaN, for tests.")
+        .def("poison_cache", &GraphStep::poison_cache, py::call_guard<py::gil_scoped_release>(),
+             "Fills every cache page with NaN, for tests.")
         .def_property_readonly("float32_tensors", &GraphStep::float32_tensors)
         .def_property_readonly("num_device_bytes", &GraphStep::num_device_bytes)
         .def_property_readonly("num_graphs", &GraphStep::num_graphs);

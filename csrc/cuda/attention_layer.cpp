@@ -1,20 +1,24 @@
 #include "cuda/attention_layer.h"
 
 #include <algorithm>
+#include <string>
+
+#include "base/errors.h"
 
 namespace gemma2_fast {
 namespace {
 
 constexpr int64_t kProgramsPerProcessor = 2;  // of decode attention: enough to keep memory busy
+constexpr float kWidestCap = 55;              // as in triton_kernels/attention_common.py, which says why
 
 }  // namespace
 
-SplitScratch SplitScratch::reserve(Arena& arena, int64_t most_sequences, int64_t most_kv_heads, int64_t widest_head,
-                                   int64_t num_multiprocessors) {
+SplitScratch SplitScratch::reserve(Arena& arena, int64_t most_sequences, int64_t most_kv_heads, int64_t rows,
+                                   int64_t widest_head, int64_t num_multiprocessors) {
     const int64_t pairs = most_sequences * most_kv_heads;
     const int64_t filling = kProgramsPerProcessor * num_multiprocessors, programs = std::max(pairs, filling);
-    return {.parts = arena.reserve(programs * kRows * widest_head * kF32Bytes),
-            .part_sums = arena.reserve(programs * 2 * kRows * kF32Bytes),
+    return {.parts = arena.reserve(programs * rows * widest_head * kF32Bytes),
+            .part_sums = arena.reserve(programs * 2 * rows * kF32Bytes),
             .arrivals = arena.reserve(pairs * kI32Bytes),
             .num_programs = filling};
 }
@@ -32,6 +36,9 @@ AttentionLayer::AttentionLayer(const AttentionSpec& spec, const std::string& pre
           kernels,
           weights.matrix({{prefix + "output", model_width}}, spec.num_query_heads * spec.head_dim, spec.output_bias),
           ProductKind::kPlain, most_tokens) {
+    if (spec.score_softcap.value_or(0) > kWidestCap)
+        throw BackendError(prefix + "score_softcap " + std::to_string(*spec.score_softcap) +
+                           ": GPU kernels compute caps up to " + std::to_string(kWidestCap) + "; use backend=\"cpu\"");
     if (spec.qk_norm) {
         query_gain_ = weights.vector(prefix + "query_norm", spec.head_dim);
         key_gain_ = weights.vector(prefix + "key_norm", spec.head_dim);

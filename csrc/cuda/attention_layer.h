@@ -20,13 +20,12 @@ struct RopeTables {
 
 // Scratch of attention whose keys are split among programs, and which layers share, because they run one after another.
 struct SplitScratch {
-    static constexpr int64_t kRows = 16;  // query heads of a sequence and kv head
-
     Arena::Slice parts, part_sums, arrivals;
     int64_t num_programs = 0;
 
-    static SplitScratch reserve(Arena& arena, int64_t most_sequences, int64_t most_kv_heads, int64_t widest_head,
-                                int64_t num_multiprocessors);
+    // rows: query heads of a sequence and kv head that a program has room for.
+    static SplitScratch reserve(Arena& arena, int64_t most_sequences, int64_t most_kv_heads, int64_t rows,
+                                int64_t widest_head, int64_t num_multiprocessors);
 };
 
 // The mixer of an attention layer: from normed rows to the branch that is added to the residual.
@@ -41,6 +40,7 @@ class AttentionLayer {
 
     const AttentionSpec& spec() const { return spec_; }
     int64_t queries_per_tile() const;
+    int64_t decode_rows() const { return decode_->constant("ROWS"); }
     int64_t mixed_width() const { return qkv_.matrix().rows; }
     int64_t attended_width() const { return output_.matrix().cols; }
 

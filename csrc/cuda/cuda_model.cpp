@@ -93,7 +93,7 @@ RopeTables CudaModel::tables_of(const RopeSpec& rope, Arena& arena) {
 }
 
 void CudaModel::reserve_rows(int num_multiprocessors, Arena& arena) {
-    int64_t mixed = 0, attended = 0, mlp = 0, head_dim = 0, kv_heads = 0, recurrent_width = 0;
+    int64_t mixed = 0, attended = 0, mlp = 0, head_dim = 0, kv_heads = 0, rows = 0, recurrent_width = 0;
     for (const CudaLayer& layer : layers_) {
         mlp = std::max(mlp, layer.mlp.width());
         std::visit(
@@ -105,6 +105,7 @@ void CudaModel::reserve_rows(int num_multiprocessors, Arena& arena) {
         if (const auto* attention = std::get_if<AttentionLayer>(&layer.mixer)) {
             head_dim = std::max(head_dim, attention->spec().head_dim);
             kv_heads = std::max(kv_heads, attention->spec().num_kv_heads);
+            rows = std::max(rows, attention->decode_rows());
         } else {
             recurrent_width = std::max(recurrent_width, std::get<RecurrentLayer>(layer.mixer).spec().width);
         }
@@ -118,7 +119,7 @@ void CudaModel::reserve_rows(int num_multiprocessors, Arena& arena) {
              .gate_up = arena.reserve(tokens * 2 * mlp * kBF16Bytes),
              .hidden = arena.reserve(tokens * mlp * kBF16Bytes),
              .logits = arena.reserve(sizes_.max_logits * spec_.vocab_size * kF32Bytes)};
-    split_scratch_ = SplitScratch::reserve(arena, sizes_.max_sequences, kv_heads, head_dim, num_multiprocessors);
+    split_scratch_ = SplitScratch::reserve(arena, sizes_.max_sequences, kv_heads, rows, head_dim, num_multiprocessors);
     recurrent_scratch_ = RecurrentScratch::reserve(arena, tokens, recurrent_width);
 }
 

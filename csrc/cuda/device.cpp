@@ -19,6 +19,7 @@ Device::Device(const std::string& driver_library, int ordinal) : driver_(driver_
     arch_ = 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) +
             attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
     num_multiprocessors_ = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    most_shared_bytes_ = attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
     driver_.check(driver_.cuDevicePrimaryCtxRetain(&context_, device_), "making a context on " + name_);
 }
 

@@ -25,6 +25,7 @@ class Device {
     const std::string& name() const { return name_; }
     int arch() const { return arch_; }  // compute capability, 90 for 9.0
     int num_multiprocessors() const { return num_multiprocessors_; }
+    int most_shared_bytes() const { return most_shared_bytes_; }  // of a program that asks for them
 
   private:
     int attribute(int which) const;
@@ -35,6 +36,7 @@ class Device {
     std::string name_;
     int arch_ = 0;
     int num_multiprocessors_ = 0;
+    int most_shared_bytes_ = 0;
 };
 
 // Memory of the device, or of the host where the device can copy from it on its own.

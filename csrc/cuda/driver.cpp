@@ -13,9 +13,17 @@ std::string version_text(int version) {
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// After these nothing works in the process any more.
+bool loses_context(CUresult result) {
+    return result == CUDA_ERROR_ILLEGAL_ADDRESS || result == CUDA_ERROR_LAUNCH_TIMEOUT || result == CUDA_ERROR_ASSERT ||
+           (result >= CUDA_ERROR_HARDWARE_STACK_ERROR && result <= CUDA_ERROR_LAUNCH_FAILED);
+}
+
 }  // namespace
 
-Driver::Driver(const std::string& library) : library_(library), handle_(dlopen(library.c_str(), RTLD_NOW)) {
+// The library stays mapped for good: threads that used it call into it when they end.
+Driver::Driver(const std::string& library)
+    : library_(library), handle_(dlopen(library.c_str(), RTLD_NOW | RTLD_NODELETE)) {
     if (!handle_)
         throw BackendError("no CUDA driver: " + std::string(dlerror()) +
                            "; install NVIDIA's driver, or use backend=\"cpu\"");
@@ -93,9 +101,11 @@ void Driver::check(CUresult result, const std::string& doing) const {
     const std::string what = "CUDA: " + std::string(name ? name : "unknown error " + std::to_string(result)) +
                              (text ? " (" + std::string(text) + ")" : "") + " while " + doing;
     if (result == CUDA_ERROR_OUT_OF_MEMORY)
-        throw CapacityError(what +
-                            "; lower max_seq_len, max_batch_size or kv_cache_gib, or load the model as int8 or int4");
-    throw BackendError(what);
+        throw CapacityError(
+            what +
+            "; lower max_seq_len, max_batch_size, max_step_tokens or kv_cache_gib, or load the model as "
+            "int8 or int4");
+    throw BackendError(what + (loses_context(result) ? "; the GPU's context is lost: start the process anew" : ""));
 }
 
 }  // namespace gemma2_fast

@@ -91,13 +91,13 @@ void GraphStep::poison_cache() {
 }
 
 void GraphStep::run(const StepBatch& batch, std::span<float> logits) {
-    check_batch(batch, plan_, options_.limits, static_cast<int64_t>(logits.size()));
+    check(batch, static_cast<int64_t>(logits.size()));
     start(batch, {}, false);
     copy_logits(logits);
 }
 
 void GraphStep::choose(const StepBatch& batch, std::span<const TokenChoice> choices, std::span<int32_t> tokens) {
-    check_batch(batch, plan_, options_.limits, batch.num_logits() * options_.limits.vocab_size);
+    check(batch, batch.num_logits() * options_.limits.vocab_size);
     if (static_cast<int64_t>(choices.size()) != batch.num_logits() || tokens.size() != choices.size())
         throw Error(std::to_string(choices.size()) + " choices and " + std::to_string(tokens.size()) + " tokens for " +
                     std::to_string(batch.num_logits()) + " rows of logits");
@@ -112,15 +112,31 @@ void GraphStep::copy_logits(std::span<float> logits) {
     stream_.wait();
 }
 
+void GraphStep::check(const StepBatch& batch, int64_t num_logit_values) const {
+    check_batch(batch, plan_, options_.limits, num_logit_values);
+    const int64_t last_position = std::ranges::max(batch.positions);
+    if (batch.num_sequences() > options_.max_sequences || last_position >= options_.max_seq_len)
+        throw Error("step of " + std::to_string(batch.num_sequences()) + " sequences up to position " +
+                    std::to_string(last_position) + ", planned for " + std::to_string(options_.max_sequences) +
+                    " of up to " + std::to_string(options_.max_seq_len) + " tokens");
+}
+
 void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choices, bool chooses) {
     if (uploader_) throw Error("weights: the upload is not finished");
     device_->activate();
     const StepShape shape = inputs_.shape(batch, chooses);
     inputs_.fill(batch, choices, shape);
-    if (shape.decode_keys && options_.captures)
-        replay(shape);
-    else
-        enqueue(shape);
+    try {
+        if (shape.decode_keys && options_.captures)
+            replay(shape);
+        else
+            enqueue(shape);
+    } catch (...) {
+        // What was queued may still read the inputs, which the next step overwrites. The first error is the one to
+        // tell.
+        device_->driver().cuStreamSynchronize(stream_.handle());
+        throw;
+    }
 }
 
 void GraphStep::replay(const StepShape& shape) {

@@ -52,6 +52,7 @@ class GraphStep final : public ModelStep {
 
   private:
     void upload_rope_tables();
+    void check(const StepBatch& batch, int64_t num_logit_values) const;
     void start(const StepBatch& batch, std::span<const TokenChoice> choices, bool chooses);
     void replay(const StepShape& shape);
     void enqueue(const StepShape& shape);

@@ -57,6 +57,11 @@ Kernel::Kernel(const Device& device, const KernelImage& image) : device_(device)
         int fixed_shared_bytes = 0;
         driver.check(driver.cuFuncGetAttribute(&fixed_shared_bytes, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function_),
                      "asking for the shared memory of " + image.symbol);
+        if (image.dynamic_shared_bytes + fixed_shared_bytes > device.most_shared_bytes())
+            throw BackendError("kernel " + image.symbol + " takes " +
+                               std::to_string(image.dynamic_shared_bytes + fixed_shared_bytes) +
+                               " bytes of shared memory, " + device.name() + " has " +
+                               std::to_string(device.most_shared_bytes()) + "; use backend=\"cpu\"");
         if (image.dynamic_shared_bytes + fixed_shared_bytes > kPlainSharedBytes)
             driver.check(
                 driver.cuFuncSetAttribute(function_, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -71,27 +76,24 @@ Kernel::Kernel(const Device& device, const KernelImage& image) : device_(device)
 Kernel::~Kernel() { device_.driver().cuModuleUnload(module_); }
 
 void Kernel::launch(Stream& stream, LaunchGrid grid, const std::vector<KernelArgument>& arguments) const {
-    const auto require = [&](bool holds, const std::string& what) {
-        if (!holds) throw Error("kernel " + image_.symbol + ": " + what);
-    };
-    require(grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= std::numeric_limits<int32_t>::max() &&
-                grid.y <= kMostPrograms && grid.z <= kMostPrograms,
-            "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));
+    const auto refuse = [&](const std::string& what) { throw Error("kernel " + image_.symbol + ": " + what); };
+    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > std::numeric_limits<int32_t>::max() ||
+        grid.y > kMostPrograms || grid.z > kMostPrograms)
+        refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));
     CUdeviceptr none = 0;
     std::array<void*, kMostParameters> values;
     std::size_t num_values = 0;
     for (const KernelImage::Parameter& parameter : image_.parameters) {
         const auto found = std::ranges::find_if(
             arguments, [&](const KernelArgument& argument) { return parameter.name == argument.name; });
-        require(found != arguments.end(), "no argument " + parameter.name);
-        require(has_type(*found, parameter.type), parameter.name + " must be " + parameter.type);
-        if (const auto* pointer = std::get_if<CUdeviceptr>(&found->value))
-            require(
-                *pointer % image_.pointer_alignment_bytes == 0,
-                parameter.name + " must be aligned to " + std::to_string(image_.pointer_alignment_bytes) + " bytes");
-        if (const auto* number = std::get_if<int32_t>(&found->value))
-            require(!parameter.divisible_by_16 || *number % 16 == 0,
-                    parameter.name + " must be a multiple of 16, got " + std::to_string(*number));
+        if (found == arguments.end()) refuse("no argument " + parameter.name);
+        if (!has_type(*found, parameter.type)) refuse(parameter.name + " must be " + parameter.type);
+        if (const auto* pointer = std::get_if<CUdeviceptr>(&found->value);
+            pointer && *pointer % image_.pointer_alignment_bytes != 0)
+            refuse(parameter.name + " must be aligned to " + std::to_string(image_.pointer_alignment_bytes) + " bytes");
+        if (const auto* number = std::get_if<int32_t>(&found->value);
+            number && parameter.divisible_by_16 && *number % 16 != 0)
+            refuse(parameter.name + " must be a multiple of 16, got " + std::to_string(*number));
         values[num_values++] = std::visit(
             [](const auto& value) { return const_cast<void*>(static_cast<const void*>(&value)); }, found->value);
     }

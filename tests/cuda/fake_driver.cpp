@@ -112,9 +112,10 @@ CUresult cuDeviceGetName(char* name, int size, CUdevice) {
     return call("cuDeviceGetName");
 }
 CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice) {
-    *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? 9
-             : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? 0
-                                                                         : 4;
+    *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR            ? 9
+             : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR          ? 0
+             : attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 232448
+                                                                                  : 4;
     return call("cuDeviceGetAttribute");
 }
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {

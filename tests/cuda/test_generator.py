@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma2_fast import Generator, SamplingParams
-from gemma2_fast.engine import gpu as gpu_backend
+from gemma2_fast.engine import engine as gpu_backend
 from gemma2_fast.engine import memory, options
 from gemma2_fast.errors import BackendError, CapacityError, Gemma2FastError
 from tests.cuda.fake_gpu import FakeGpu, teach_bfloat16

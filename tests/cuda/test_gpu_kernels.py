@@ -61,6 +61,11 @@ def test_other_sources_are_compiled_anew(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_compilation_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="compiling GPU kernels for sm_70 failed: .*unknown 70"):
-        kernel_images(70)
+    with pytest.raises(BackendError, match="compiling GPU kernels for sm_99 failed: .*unknown 99"):
+        kernel_images(99)
     assert list((tmp_path / "cache/gemma2_fast/kernels").iterdir()) == []
+
+
+def test_a_gpu_that_is_too_old() -> None:
+    with pytest.raises(BackendError, match='need compute capability 8.0 or later, this GPU has 7.5; use backend="cpu"'):
+        kernel_images(75)

@@ -227,3 +227,23 @@ def test_large_tensors_go_up_in_pieces(gpu: FakeGpu, model: TinyModel) -> None:
     assert calls.count(f"cuMemHostAlloc {16 * 2**20}") == 2
     assert calls.count(f"cuMemcpyHtoDAsync {16 * 2**20}") == 2
     assert calls.count("cuEventSynchronize") == calls.count("cuEventRecord") > 2
+
+
+def test_a_cap_that_no_kernel_computes(gpu: FakeGpu, tmp_path: Path) -> None:
+    """Weights have no running maximum under a cap, so a wide one would overflow."""
+    wide = tiny_model("gemma2", tmp_path, head_dim=16, num_hidden_layers=1, attn_logit_softcapping=60.0)
+    with pytest.raises(BackendError, match=r"layers.0.attention.score_softcap 60.* up to 55.*use backend=\"cpu\""):
+        gpu_step(gpu, wide, small_plan(wide.spec))
+
+
+def test_more_shared_memory_than_there_is(gpu: FakeGpu, model: TinyModel) -> None:
+    with pytest.raises(BackendError, match="takes 233024 bytes of shared memory, Imagined GPU has 232448"):
+        gpu_step(gpu, model, small_plan(model.spec), kernels=gpu.images(dynamic_shared_bytes=232000))
+
+
+def test_steps_that_were_not_planned(gpu: FakeGpu, model: TinyModel) -> None:
+    """The loop's limits are wider than the step's: an error for the request, not a write outside of tables."""
+    plan = small_plan(model.spec)
+    for narrow, message in (({"max_seq_len": 8}, "up to position 9"), ({"max_step_tokens": 4}, "step of 10 tokens")):
+        with Loop(gpu_step(gpu, model, plan, **narrow), model, plan) as loop:
+            assert message in str(loop.events(loop.submit([2] * 10, max_tokens=1))[-1].message)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gemma2_fast import Generation, Generator, SamplingParams, _core
-from gemma2_fast.engine import gpu as gpu_backend
+from gemma2_fast.engine import engine as gpu_backend
 from gemma2_fast.engine import memory, options
 from gemma2_fast.reference.model import ReferenceModel
 from tests.cuda.fake_gpu import FakeGpu, teach_bfloat16

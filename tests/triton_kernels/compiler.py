@@ -26,7 +26,9 @@ def compile_named(name: str, arch: int) -> Result:
 
     (chosen,) = (s for s in build.needed(arch) if s.name == name)
     compiled = build.compile_for(chosen, arch)
-    return Result(name, compiled.cubin, compiled.ptx, compiled.entry, compiled.registers, list(build.faults(compiled)))
+    return Result(
+        name, compiled.cubin, compiled.ptx, compiled.entry, compiled.registers, list(build.faults(compiled, True))
+    )
 
 
 def _compile_for_real() -> None:

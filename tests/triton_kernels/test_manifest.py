@@ -62,6 +62,7 @@ FAULTS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "a missing number": (lambda m: m["kernels"][0].pop("num_warps"), "geglu_of_bf16: num_warps is None, expected int"),
     "a truth for a number": (in_row(num_warps=True), "num_warps is True, expected int"),
     "a negative number": (in_row(shared_bytes=-1), "shared_bytes is -1"),
+    "no warps": (in_row(num_warps=0), "number of warps is 0"),
     "no constants": (in_row(constants=[]), r"constants is \[\], expected dict"),
     "a constant that is text": (in_row(constants={"BLOCK": "1024"}), "a constant is no whole number"),
     "an argument without a type": (in_row(arguments=[{"name": "width"}]), "an argument is {'name': 'width'}"),
@@ -82,7 +83,7 @@ FAULTS: dict[str, tuple[Callable[[Manifest], Any], str]] = {
 def test_faults(name: str, tmp_path: Path) -> None:
     change, message = FAULTS[name]
     write(tmp_path, change)
-    with pytest.raises(BackendError, match=f"GPU kernels in .* cannot be used: .*{message}.*make cubins"):
+    with pytest.raises(BackendError, match=f"GPU kernels in .* cannot be used: .*{message}.*; delete that directory"):
         read_manifest(tmp_path, 90)
 
 

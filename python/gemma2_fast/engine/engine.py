@@ -9,6 +9,7 @@ import numpy as np
 from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.gpu import gpu_step
+from gemma2_fast.engine.gpu_kernels import kernel_images
 from gemma2_fast.engine.options import EnginePlan
 from gemma2_fast.quant import FORMATS
 from gemma2_fast.spec import AttentionSpec, LayerSpec, ModelSpec, RecurrentSpec
@@ -22,6 +23,7 @@ Weights = Mapping[str, Tensor]
 
 def start_engine(plan: EnginePlan, weights: Weights, progress: bool = False) -> _core.DecodeLoop:
     """Build the backend's step and start the loop that drives it."""
+    kernels = [] if plan.gpu is None else kernel_images(plan.gpu.arch)  # first: what is missing should not come late
     if plan.quantization is not None:
         weights = quantize_weights(weights, plan.quantization, plan.num_threads, progress)
     if plan.weight_dtype is not None:
@@ -31,7 +33,7 @@ def start_engine(plan: EnginePlan, weights: Weights, progress: bool = False) -> 
     if plan.backend == "cpu":
         step = cpu_step(plan, weights, cache)
     elif plan.gpu is not None:
-        step = gpu_step(plan.gpu, plan, core_spec(plan.spec), cache, weights, progress)
+        step = gpu_step(plan.gpu, kernels, plan, core_spec(plan.spec), cache, weights, progress)
     else:
         # Only this backend needs torch.
         from gemma2_fast.reference import DTYPES, ReferenceModel, ReferenceStep

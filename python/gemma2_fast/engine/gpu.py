@@ -1,4 +1,4 @@
-"""The GPU backend: kernels found, and every weight copied up."""
+"""The GPU backend, with every weight copied up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from gemma2_fast import _core
 from gemma2_fast.engine.device_weights import device_format, device_parts
-from gemma2_fast.engine.gpu_kernels import kernel_images
 from gemma2_fast.engine.options import EnginePlan
 from gemma2_fast.weights.prefault import byte_bar
 from gemma2_fast.weights.tensor import Tensor
@@ -14,6 +13,7 @@ from gemma2_fast.weights.tensor import Tensor
 
 def gpu_step(
     gpu: _core.CudaDevice,
+    kernels: list[_core.KernelImage],
     plan: EnginePlan,
     spec: _core.ModelSpec,
     cache: _core.CachePlan,
@@ -26,7 +26,7 @@ def gpu_step(
         spec=spec,
         plan=cache,
         formats={name: device_format(tensor) for name, tensor in weights.items() if len(tensor.shape) > 1},
-        kernels=kernel_images(gpu.arch),
+        kernels=kernels,
         max_step_tokens=plan.cache.max_step_tokens,
         max_logits_rows=plan.max_logits_rows,
         max_sequences=plan.cache.max_sequences,

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,11 +18,17 @@ from gemma2_fast.triton_kernels.manifest import CompiledKernel, read_manifest, s
 
 SHIPPED = Path(triton_kernels.__file__).parent / "cubins"  # in wheels that were built after `make cubins`
 
+OLDEST_ARCH = 80
+
 log = logging.getLogger("gemma2_fast")
 
 
 def kernel_images(arch: int) -> list[_core.KernelImage]:
     """All kernels for a compute capability. BackendError where there are none and none can be compiled."""
+    if arch < OLDEST_ARCH:
+        raise BackendError(
+            f'GPU kernels need compute capability 8.0 or later, this GPU has {arch / 10}; use backend="cpu"'
+        )
     kernels = read_manifest(SHIPPED, arch) or read_manifest(_compiled(arch), arch)
     return [_image(kernel) for kernel in kernels]
 
@@ -34,7 +40,7 @@ def _compiled(arch: int) -> Path:
             f'this build ships no GPU kernels for sm_{arch}: `pip install "gemma2-fast[cuda]"` brings Triton, which '
             'compiles them once, or use backend="cpu"'
         )
-    directory = _cache_directory() / f"sm_{arch}-triton-{version('triton')}-{sources_digest()[:16]}"
+    directory = _cache_directory() / f"sm_{arch}-triton-{import_module('triton').__version__}-{sources_digest()[:16]}"
     if not directory.exists():
         log.warning("compiling GPU kernels for sm_%d, once; this takes some minutes", arch)
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,9 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     if backend == "reference" and find_spec("torch") is None:
         raise BackendError('backend="reference" needs PyTorch: pip install "gemma2-fast[torch]"')
 
+    if backend == "cuda":
+        _refuse_on_gpu(options)
+
     stored = matrix_formats[0]
     dtype = options.dtype
     quantization = _quantization(matrix_formats, options.quantization)
@@ -110,7 +113,6 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     compute_dtype = "bfloat16" if backend == "reference" and options.dtype == "bfloat16" else "float32"
     gpu = None
     if backend == "cuda":
-        _refuse_on_gpu(options)
         gpu = _core.CudaDevice(driver_library=DRIVER_LIBRARY, ordinal=0)
         weight_dtype, activations, kv_dtype, compute_dtype = None, "bfloat16", "bfloat16", "bfloat16"
 
