@@ -29,7 +29,7 @@ def in_order(row: Floats, kv_dtype: str) -> Floats:
 @pytest.mark.parametrize("head_dim", [1, 32, 80, 256])
 def test_pages_are_as_large_as_planned(ops: _core.Ops, kv_dtype: str, head_dim: int) -> None:
     """The count of engine/cache_plan.py is that of the kernels."""
-    block_bytes = PagedKv((0,), 2, head_dim, None, num_blocks=3, table_width=3).block_bytes(kv_dtype)
+    block_bytes = PagedKv((0,), 2, head_dim, None, num_blocks=3, table_width=3).block_bytes(kv_dtype, PAGE_TOKENS)
     element = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.uint8}[kv_dtype]
     size = block_bytes // 2 // np.dtype(element).itemsize
     rows = np.ones((2, head_dim), np.float32)
