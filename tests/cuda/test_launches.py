@@ -130,6 +130,15 @@ def test_a_failed_call_ends_its_step_and_no_other(gpu: FakeGpu, model: TinyModel
         assert "NaN" in str(message)  # it ran, and nothing was computed
 
 
+def test_a_failed_step_is_over_before_the_next_one(gpu: FakeGpu, model: TinyModel) -> None:
+    """What it had queued may still read the inputs that the next one overwrites."""
+    plan = small_plan(model.spec)
+    with Loop(gpu_step(gpu, model, plan, captures=False), model, plan) as loop:
+        gpu.fail("cuLaunchKernelEx", 3, ILLEGAL_ADDRESS)
+        loop.events(loop.submit([2], max_tokens=1))
+        assert gpu.calls()[-1] == "cuStreamSynchronize"
+
+
 @pytest.mark.parametrize(
     ("function", "doing"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,7 +58,6 @@ def _compile(arch: int, directory: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([*command, "--targets", str(arch)], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        shutil.rmtree(directory, ignore_errors=True)
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise BackendError(f"compiling GPU kernels for sm_{arch} failed: {' '.join(last)}")
 
