@@ -25,6 +25,7 @@ SIZES = {
     **{"hidden_size": 64, "lru_width": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 96},
     **{"vocab_size": 512, "attention_window_size": 7},
 }
+STEP_DIFFERENCE = 0.02  # of log-probabilities
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +51,15 @@ def test_logits_and_tokens_are_those_of_the_reference(model: SmallModel, driver_
     with Loop(gpu_step(gpu, model, plan), model, plan) as loop:
         loop.tokens(loop.submit(ids(3, seed=1), max_tokens=1))
         logits = loop.logits(prompt)
-        tokens = loop.tokens(loop.submit(prompt, max_tokens=4))
+        events = loop.finish(loop.submit(prompt, max_tokens=4, logprobs=True))
+        tokens = [event.token_id for event in events if event.token_id is not None]
+        at_once = loop.logits(prompt + tokens[:-1])[len(prompt) - 1 :]
     run = {gpu.specialisations[launch.symbol].op for launch in gpu.launches}
     assert {"conv1d", "rg_lru_gates", "rg_lru_scan", "rg_lru_step"} <= run
+    # Steps and a prompt take other kernels, which round alike.
+    stepwise = [event.logprob.logprob for event in events if event.logprob is not None]
+    normalised = at_once - np.log(np.exp(at_once).sum(-1, keepdims=True))
+    np.testing.assert_allclose(stepwise, normalised[range(len(tokens)), tokens], atol=STEP_DIFFERENCE)
     whole = prompt + tokens[:-1]
     exact, usual = (
         ReferenceModel(model.spec, model.weights, dtype).logits(whole).double().numpy()
