@@ -234,7 +234,12 @@ void bind_request(py::module_& module) {
              py::arg("presence_penalty") = plain.presence_penalty,
              py::arg("frequency_penalty") = plain.frequency_penalty, py::arg("logit_bias") = py::tuple(),
              py::arg("seed") = plain.seed, py::arg("min_tokens") = plain.min_tokens,
-             py::arg("stop_token_ids") = py::tuple());
+             py::arg("stop_token_ids") = py::tuple())
+        .def_readonly("temperature", &SamplingParams::temperature)
+        .def_readonly("top_k", &SamplingParams::top_k)
+        .def_readonly("top_p", &SamplingParams::top_p)
+        .def_readonly("min_p", &SamplingParams::min_p)
+        .def_readonly("seed", &SamplingParams::seed);
 
     py::class_<Request>(module, "Request")
         .def(py::init(&make_request), py::kw_only(), py::arg("token_ids"), py::arg("sampling"),

@@ -118,7 +118,8 @@ void CudaModel::reserve_rows(int num_multiprocessors, Arena& arena) {
              .attended = arena.reserve(tokens * attended * kBF16Bytes),
              .gate_up = arena.reserve(tokens * 2 * mlp * kBF16Bytes),
              .hidden = arena.reserve(tokens * mlp * kBF16Bytes),
-             .logits = arena.reserve(sizes_.max_logits * spec_.vocab_size * kF32Bytes)};
+             .logits = arena.reserve(sizes_.max_logits * spec_.vocab_size * kF32Bytes),
+             .chosen = arena.reserve(sizes_.max_logits * kI32Bytes)};
     split_scratch_ = SplitScratch::reserve(arena, sizes_.max_sequences, kv_heads, rows, head_dim, num_multiprocessors);
     recurrent_scratch_ = RecurrentScratch::reserve(arena, tokens, recurrent_width);
 }
@@ -159,6 +160,7 @@ void CudaModel::embed(const StepContext& step) const {
     embed_->launch(step.stream,
                    {.x = step.shape.num_tokens, .y = divide_up(spec_.model_width, embed_->constant("BLOCK"))},
                    {{"token_ids", step.inputs.token_ids},
+                    {"chosen", step.at(step.rows.chosen)},
                     {"table", step.at(table.weight)},
                     {"scales", step.at(table.scales)},
                     {"factors", step.at(table.factors)},

@@ -57,6 +57,16 @@ PinnedMemory::~PinnedMemory() { device_.driver().cuMemFreeHost(data_); }
 
 Graph::~Graph() { device_.driver().cuGraphExecDestroy(executable_); }
 
+Event::Event(const Device& device) : device_(device) {
+    device.driver().check(device.driver().cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "making an event");
+}
+
+Event::~Event() { device_.driver().cuEventDestroy_v2(event_); }
+
+void Event::wait() const {
+    device_.driver().check(device_.driver().cuEventSynchronize(event_), "waiting for the device");
+}
+
 Stream::Stream(const Device& device) : device_(device) {
     device.driver().check(device.driver().cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "making a stream");
 }
@@ -103,6 +113,10 @@ CUgraphExec Stream::capture(FunctionRef<void()> enqueue) {
 void Stream::launch(const Graph& graph) {
     const Driver& driver = device_.driver();
     driver.check(driver.cuGraphLaunch(graph.executable(), stream_), "launching a graph");
+}
+
+void Stream::record(const Event& event) {
+    device_.driver().check(device_.driver().cuEventRecord(event.handle(), stream_), "recording an event");
 }
 
 void Stream::wait() { device_.driver().check(device_.driver().cuStreamSynchronize(stream_), "waiting for the device"); }

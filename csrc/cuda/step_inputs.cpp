@@ -36,7 +36,8 @@ StepInputs::StepInputs(const Device& device, const CachePlan& plan, const StepSi
       vocab_size_(vocab_size),
       queries_per_tile_(queries_per_tile),
       block_(arena.reserve(layout(largest(sizes, queries_per_tile)).size * kI32Bytes)),
-      host_(device, block_.num_bytes, "the inputs of a step") {}
+      host_{PinnedMemory(device, block_.num_bytes, "the inputs of a step"),
+            PinnedMemory(device, block_.num_bytes, "the inputs of a step")} {}
 
 StepShape StepInputs::shape(const StepBatch& batch, bool chooses) const {
     if (is_decode(batch)) {
@@ -60,9 +61,9 @@ StepShape StepInputs::shape(const StepBatch& batch, bool chooses) const {
     return shape;
 }
 
-void StepInputs::fill(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape) {
+void StepInputs::fill(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape, int side) {
     const Layout at = layout(shape);
-    auto* block = reinterpret_cast<int32_t*>(host_.data());
+    auto* block = reinterpret_cast<int32_t*>(host_[side].data());
     const auto put = [&](int64_t offset, const std::vector<int32_t>& values, int64_t count, int32_t filler) {
         int32_t* end = std::copy(values.begin(), values.end(), block + offset);
         std::fill(end, block + offset + count, filler);
@@ -121,8 +122,8 @@ void StepInputs::fill_tiles(const StepBatch& batch, int32_t* tiles) const {
     }
 }
 
-void StepInputs::copy(const StepShape& shape, const Arena& arena, Stream& stream) const {
-    stream.copy_to_device(arena.at(block_), host_.data(), layout(shape).size * kI32Bytes);
+void StepInputs::copy(const StepShape& shape, int side, const Arena& arena, Stream& stream) const {
+    stream.copy_to_device(arena.at(block_), host_[side].data(), layout(shape).size * kI32Bytes);
 }
 
 StepInputs::Addresses StepInputs::addresses(const StepShape& shape, const Arena& arena) const {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -25,7 +26,8 @@ struct StepShape {
     auto operator<=>(const StepShape&) const = default;
 };
 
-// A step's integers, filled in on the host and copied to the device as one block.
+// A step's integers, filled in on the host and copied to the device as one block. There are two blocks on the host, so
+// that a step can be filled in while the one before is not done.
 class StepInputs {
   public:
     StepInputs(const Device& device, const CachePlan& plan, const StepSizes& sizes, int64_t vocab_size,
@@ -35,8 +37,8 @@ class StepInputs {
     // that no sequence owns, and has no queries in attention.
     StepShape shape(const StepBatch& batch, bool chooses) const;
     // choices: [L] where the shape says that tokens are chosen.
-    void fill(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape);
-    void copy(const StepShape& shape, const Arena& arena, Stream& stream) const;
+    void fill(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape, int side);
+    void copy(const StepShape& shape, int side, const Arena& arena, Stream& stream) const;
 
     // Where the device finds the arrays of a step of this shape.
     struct Addresses {
@@ -68,7 +70,7 @@ class StepInputs {
     int64_t vocab_size_;
     int64_t queries_per_tile_;  // of prefill attention
     Arena::Slice block_;
-    PinnedMemory host_;
+    std::array<PinnedMemory, 2> host_;
 };
 
 }  // namespace gemma2_fast

@@ -42,7 +42,8 @@ void check_states(const StepBatch& batch, int64_t num_slots) {
 
 }  // namespace
 
-void check_batch(const StepBatch& batch, const CachePlan& plan, const StepLimits& limits, int64_t num_logit_values) {
+void check_batch(const StepBatch& batch, const CachePlan& plan, const StepLimits& limits, int64_t num_logit_values,
+                 int64_t num_rows_before) {
     if (batch.num_tokens() < 1 || batch.num_tokens() > limits.max_step_tokens ||
         batch.num_logits() > limits.max_logits_rows)
         throw Error("step of " + std::to_string(batch.num_tokens()) + " tokens and " +
@@ -52,7 +53,7 @@ void check_batch(const StepBatch& batch, const CachePlan& plan, const StepLimits
         throw Error("logits have " + std::to_string(num_logit_values) + " elements, expected " +
                     std::to_string(batch.num_logits() * limits.vocab_size));
     for (int32_t token : batch.token_ids)
-        if (token < 0 || token >= limits.vocab_size)
+        if (token >= limits.vocab_size || row_of_chosen(token) >= num_rows_before)
             throw Error("token id " + std::to_string(token) + " is outside the vocabulary of " +
                         std::to_string(limits.vocab_size));
     if (batch.block_table.size() != plan.paged.size())

@@ -8,9 +8,13 @@ namespace gemma2_fast {
 
 inline constexpr int32_t kNoBlock = -1;  // fills block-table entries that no visible key lives in; never read
 
+// Stands for a token id that the host does not know yet: the one chosen in a row of the step before.
+inline int32_t chosen_in_row(int64_t row) { return static_cast<int32_t>(-1 - row); }
+inline int64_t row_of_chosen(int32_t token_id) { return -1 - int64_t{token_id}; }  // negative for a token id
+
 // One step's work: S sequences with T new tokens in all, flat. Same fields as gemma2_fast.engine.step_batch.
 struct StepBatch {
-    std::vector<int32_t> token_ids;                 // [T]
+    std::vector<int32_t> token_ids;                 // [T], or chosen_in_row
     std::vector<int32_t> positions;                 // [T], consecutive within a sequence, from context_tokens[s]
     std::vector<int32_t> first_token;               // [S + 1], offsets of each sequence's tokens in token_ids
     std::vector<int32_t> context_tokens;            // [S], tokens of the sequence already in the cache

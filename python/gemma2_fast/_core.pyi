@@ -97,6 +97,16 @@ class SamplingParams:
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
     ) -> None: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
 
 class Request:
     """One prompt. With max_tokens 0 it only evaluates the prompt and ends with "length".
@@ -169,9 +179,17 @@ class ModelStep:
     """What a backend is to the decode loop."""
 
 class CallbackStep(ModelStep):
-    """Runs a Python callable as a model step. What it gets is this module's StepBatch, equal in fields."""
+    """Runs a Python callable as a model step. What it gets is this module's StepBatch, equal in fields.
 
-    def __init__(self, callable: Callable[[step_batch.StepBatch], NDArray[np.float32]]) -> None: ...
+    choose: from logits [L, V] and each row's parameters and index of the token to generate, the tokens [L], -1 where
+    the sampler has to; steps then run one ahead of what is known of their tokens.
+    """
+
+    def __init__(
+        self,
+        callable: Callable[[step_batch.StepBatch], NDArray[np.float32]],
+        choose: Callable[[NDArray[np.float32], list[tuple[SamplingParams, int]]], Sequence[int]] | None = None,
+    ) -> None: ...
 
 class DecodeLoop:
     """Schedules, runs and samples steps on a thread of its own. Any thread may call any method."""

@@ -1,8 +1,9 @@
-// A stand-in for NVIDIA's driver library: device memory is host memory, streams run at once, graphs keep what was
-// captured, and kernels are run by a callback. Every call is written down.
+// A stand-in for NVIDIA's driver library: device memory is host memory, the one stream runs as late as it may, when
+// something waits for it, graphs keep what was captured, and kernels are run by a callback. Every call is written down.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -32,6 +33,9 @@ std::map<std::string, std::pair<int, int>> failures;  // of a function: calls th
 std::map<CUdeviceptr, std::size_t> allocated;
 std::vector<std::unique_ptr<Function>> functions;
 std::vector<Work>* capturing = nullptr;
+std::deque<Work> queue;                         // of the stream
+uint64_t num_run = 0;                           // of all that was ever queued
+std::vector<std::unique_ptr<uint64_t>> events;  // how much had been queued when one was recorded
 int version = 13000, num_devices = 1;
 std::size_t memory_limit = std::size_t{1} << 40;
 
@@ -52,10 +56,23 @@ bool inside(CUdeviceptr address, std::size_t num_bytes) {
 }
 
 int enqueue(Work work) {
-    if (!capturing) return work();
-    capturing->push_back(std::move(work));
+    capturing ? capturing->push_back(std::move(work)) : queue.push_back(std::move(work));
     return CUDA_SUCCESS;
 }
+
+// After an error, the rest is dropped.
+int run_until(uint64_t end) {
+    int error = CUDA_SUCCESS;
+    while (num_run < end && !queue.empty()) {
+        const Work work = std::move(queue.front());
+        queue.pop_front();
+        ++num_run;
+        if (error == CUDA_SUCCESS) error = work();
+    }
+    return error;
+}
+
+int run_all() { return run_until(num_run + queue.size()); }
 
 }  // namespace
 
@@ -65,6 +82,7 @@ void fake_reset(RunKernel run) {
     run_kernel = run;
     calls.clear();
     failures.clear();
+    queue.clear();
     version = 13000;
     num_devices = 1;
     memory_limit = std::size_t{1} << 40;
@@ -138,6 +156,7 @@ CUresult cuMemAlloc_v2(CUdeviceptr* address, std::size_t num_bytes) {
     return CUDA_SUCCESS;
 }
 CUresult cuMemFree_v2(CUdeviceptr address) {
+    run_all();
     allocated.erase(address);
     std::free(reinterpret_cast<void*>(address));
     return call("cuMemFree");
@@ -147,6 +166,7 @@ CUresult cuMemHostAlloc(void** pointer, std::size_t num_bytes, unsigned) {
     return call("cuMemHostAlloc", std::to_string(num_bytes));
 }
 CUresult cuMemFreeHost(void* pointer) {
+    run_all();
     std::free(pointer);
     return call("cuMemFreeHost");
 }
@@ -178,8 +198,14 @@ CUresult cuStreamCreate(CUstream* stream, unsigned) {
     *stream = reinterpret_cast<CUstream>(&calls);
     return call("cuStreamCreate");
 }
-CUresult cuStreamDestroy_v2(CUstream) { return call("cuStreamDestroy"); }
-CUresult cuStreamSynchronize(CUstream) { return call("cuStreamSynchronize"); }
+CUresult cuStreamDestroy_v2(CUstream) {
+    run_all();
+    return call("cuStreamDestroy");
+}
+CUresult cuStreamSynchronize(CUstream) {
+    const int error = run_all();
+    return error ? error : call("cuStreamSynchronize");
+}
 CUresult cuStreamBeginCapture_v2(CUstream, int) {
     capturing = new std::vector<Work>();
     return call("cuStreamBeginCapture");
@@ -195,8 +221,7 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, uns
 }
 CUresult cuGraphLaunch(CUgraphExec executable, CUstream) {
     if (const int error = call("cuGraphLaunch")) return error;
-    for (const Work& work : *reinterpret_cast<std::vector<Work>*>(executable))
-        if (const int error = work()) return error;
+    for (const Work& work : *reinterpret_cast<std::vector<Work>*>(executable)) queue.push_back(work);
     return CUDA_SUCCESS;
 }
 CUresult cuGraphExecDestroy(CUgraphExec executable) {
@@ -208,11 +233,18 @@ CUresult cuGraphDestroy(CUgraph graph) {
     return call("cuGraphDestroy");
 }
 CUresult cuEventCreate(CUevent* event, unsigned) {
-    *event = reinterpret_cast<CUevent>(&calls);
+    events.push_back(std::make_unique<uint64_t>(0));
+    *event = reinterpret_cast<CUevent>(events.back().get());
     return call("cuEventCreate");
 }
-CUresult cuEventRecord(CUevent, CUstream) { return call("cuEventRecord"); }
-CUresult cuEventSynchronize(CUevent) { return call("cuEventSynchronize"); }
+CUresult cuEventRecord(CUevent event, CUstream) {
+    *reinterpret_cast<uint64_t*>(event) = num_run + queue.size();
+    return call("cuEventRecord");
+}
+CUresult cuEventSynchronize(CUevent event) {
+    const int error = run_until(*reinterpret_cast<uint64_t*>(event));
+    return error ? error : call("cuEventSynchronize");
+}
 CUresult cuEventDestroy_v2(CUevent) { return call("cuEventDestroy"); }
 // An image is the kernel's symbol, a space, and how many parameters it has.
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {

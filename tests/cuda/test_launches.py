@@ -113,6 +113,8 @@ FAILURES = (
     ("cuStreamEndCapture", 0, "ending a capture"),
     ("cuGraphInstantiate", 0, "making a graph of a step"),
     ("cuGraphLaunch", 0, "launching a graph"),
+    ("cuEventRecord", 0, "recording an event"),
+    ("cuEventSynchronize", 0, "waiting for the device"),
     ("cuStreamSynchronize", 0, "waiting for the device"),
 )
 
@@ -143,7 +145,7 @@ def test_a_failed_step_is_over_before_the_next_one(gpu: FakeGpu, model: TinyMode
     ("function", "doing"),
     [
         ("cuMemAlloc", "bytes of device memory for weights, cache and activations"),
-        ("cuMemHostAlloc", "bytes of host memory for chosen tokens"),
+        ("cuMemHostAlloc", "bytes of host memory for the inputs of a step"),
     ],
 )
 def test_memory_runs_out(gpu: FakeGpu, model: TinyModel, function: str, doing: str) -> None:

@@ -82,6 +82,8 @@ def expected_greedy(
 class FakeStep:
     groups: Sequence[Group]
     num_slots: int = 0
+    host_every: int | None = None  # every so many rows `choose` leaves to the host
+    num_rows_chosen: int = 0
     steps: list[tuple[int, int]] = field(default_factory=list)  # tokens and rows of logits of each
     faults: list[str] = field(default_factory=list)
 
@@ -124,6 +126,16 @@ class FakeStep:
                 damaged = any(DAMAGED in tokens for tokens in visible)
                 rows.append(next_logits(visible, states[row - first]) * (np.float32("nan") if damaged else 1))
         return np.stack(rows) if rows else np.empty((0, VOCAB_SIZE), np.float32)
+
+    def choose(self, logits: NDArray[np.float32], rules: Sequence[tuple[_core.SamplingParams, int]]) -> list[int]:
+        """Greedy alone; a row without numbers is the host's."""
+        assert all(params.temperature == 0 for params, _ in rules)
+        tokens = []
+        for row in logits:
+            self.num_rows_chosen += 1
+            to_host = bool(self.host_every) and self.num_rows_chosen % (self.host_every or 1) == 0
+            tokens.append(-1 if to_host or np.isnan(row).any() else int(np.argmax(row)))
+        return tokens
 
     def _check_shape(self, batch: StepBatch) -> None:
         num_sequences = len(batch.context_tokens)
