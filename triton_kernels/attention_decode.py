@@ -194,9 +194,10 @@ def rows_for(group: int, num_queries: int) -> int:
     if group * num_queries <= FEWEST_ROWS:
         return FEWEST_ROWS
     if num_queries > MOST_QUERIES:
+        most = max(MOST_QUERIES, FEWEST_ROWS // group)
         raise ValueError(
-            f"attention_decode: at most {max(MOST_QUERIES, FEWEST_ROWS // group)} queries a sequence with {group} heads "
-            f"a kv head, got {num_queries}: use attention_prefill"
+            f"attention_decode: at most {most} queries a sequence, a kv head having {group} query heads; got "
+            f"{num_queries}: use attention_prefill"
         )
     return int(triton.next_power_of_2(group * MOST_QUERIES))
 

@@ -28,7 +28,7 @@ GraphStep::GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec
       kernels_(*device_, std::move(kernels)),
       model_(spec, plan, sizes_of(options), device_->num_multiprocessors(), kernels_, weights_, arena_),
       chooser_(spec.vocab_size, spec.final_softcap, sizes_of(options).max_logits, *device_, kernels_, arena_),
-      inputs_(*device_, plan, sizes_of(options), spec.vocab_size, model_.queries_per_tile(), arena_),
+      inputs_(*device_, plan, sizes_of(options), spec.vocab_size, model_.query_room(), arena_),
       stream_(*device_) {
     arena_.allocate(*device_, "weights, cache and activations");
     const Arena::Slice& arrivals = model_.split_scratch().arrivals;
@@ -127,7 +127,7 @@ void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choic
     const StepShape shape = inputs_.shape(batch, chooses);
     inputs_.fill(batch, choices, shape);
     try {
-        if (shape.decode_keys && options_.captures)
+        if (shape.is_decode && options_.captures)
             replay(shape);
         else
             enqueue(shape);

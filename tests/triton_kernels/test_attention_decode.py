@@ -14,7 +14,6 @@ from gemma2_fast.triton_kernels.build import TARGETS, needed
 from tests.support.closeness import assert_close, assert_rejected
 from tests.triton_kernels.paged_batch import Floats, PagedBatch, beside_others
 
-
 GROUPS = (1, 2, 4, 8, 10, 16)  # of query heads a kv head, of Gemma 1 to 3 and RecurrentGemma
 
 
