@@ -124,17 +124,18 @@ void CudaModel::reserve_rows(int num_multiprocessors, Arena& arena) {
     recurrent_scratch_ = RecurrentScratch::reserve(arena, tokens, recurrent_width);
 }
 
-int64_t CudaModel::queries_per_tile() const {
-    std::optional<int64_t> queries;
+QueryRoom CudaModel::query_room() const {
+    std::optional<QueryRoom> room;
     for (const CudaLayer& layer : layers_) {
         const auto* attention = std::get_if<AttentionLayer>(&layer.mixer);
         if (!attention) continue;
-        if (queries.value_or(attention->queries_per_tile()) != attention->queries_per_tile())
+        const QueryRoom own = attention->query_room(), shared = room.value_or(own);
+        if (own.tile != shared.tile)
             throw BackendError("attention layers of one model must share a number of queries a tile, found " +
-                               std::to_string(*queries) + " and " + std::to_string(attention->queries_per_tile()));
-        queries = attention->queries_per_tile();
+                               std::to_string(shared.tile) + " and " + std::to_string(own.tile));
+        room = {.tile = own.tile, .split = std::min(own.split, shared.split)};
     }
-    return queries.value_or(sizes_.max_tokens);
+    return room.value_or(QueryRoom{.tile = sizes_.max_tokens, .split = 0});
 }
 
 void CudaModel::enqueue(const StepContext& step) const {

@@ -42,7 +42,7 @@ class CudaModel {
     const std::vector<Arena::Slice>& cache() const { return cache_; }  // pages and states
     const SplitScratch& split_scratch() const { return split_scratch_; }
     const StepRows& rows() const { return rows_; }
-    int64_t queries_per_tile() const;
+    QueryRoom query_room() const;
 
   private:
     int64_t norm_block() const;

@@ -28,7 +28,7 @@ GraphStep::GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec
       kernels_(*device_, std::move(kernels)),
       model_(spec, plan, sizes_of(options), device_->num_multiprocessors(), kernels_, weights_, arena_),
       chooser_(spec.vocab_size, spec.final_softcap, sizes_of(options).max_logits, kernels_, arena_),
-      inputs_(*device_, plan, sizes_of(options), spec.vocab_size, model_.queries_per_tile(), arena_),
+      inputs_(*device_, plan, sizes_of(options), spec.vocab_size, model_.query_room(), arena_),
       stream_(*device_),
       sides_{Side(*device_, sizes_of(options).max_logits), Side(*device_, sizes_of(options).max_logits)} {
     arena_.allocate(*device_, "weights, cache and activations");
@@ -151,7 +151,7 @@ void GraphStep::put_on_stream(const StepBatch& batch, std::span<const TokenChoic
     inputs_.fill(batch, choices, shape, next_side_);
     try {
         inputs_.copy(shape, next_side_, arena_, stream_);
-        if (shape.decode_keys && options_.captures)
+        if (shape.is_decode && options_.captures)
             replay(shape);
         else
             enqueue(shape);

@@ -42,7 +42,7 @@ RecurrentLayer::RecurrentLayer(const RecurrentSpec& spec, const std::string& pre
 void RecurrentLayer::enqueue(const StepContext& step, const RecurrentScratch& scratch) const {
     const int64_t num_tokens = step.shape.num_tokens;
     xy_.launch(step.stream, step.arena, step.at(step.rows.normed), step.at(step.rows.mixed), num_tokens);
-    if (step.shape.decode_keys)
+    if (step.shape.is_decode)
         advance_by_one(step);
     else
         advance(step, scratch);

@@ -3,7 +3,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -14,14 +13,24 @@
 
 namespace gemma2_fast {
 
+// The first sequences of a step, whose keys attention splits among programs. The queries of the others lie in tiles.
+struct SplitSequences {
+    int64_t number = 0;
+    int64_t queries = 0;  // the most of one
+    int64_t keys = 0;     // an upper bound of one's
+
+    auto operator<=>(const SplitSequences&) const = default;
+};
+
 // Sizes that a step's launches depend on. Steps of one shape differ in nothing but what lies in memory.
 struct StepShape {
     int64_t num_tokens = 0;
     int64_t num_sequences = 0;
     int64_t num_logits = 0;
-    int64_t num_tiles = 0;               // of prefill attention; 0 where every sequence has one new token
-    std::optional<int64_t> decode_keys;  // then: an upper bound of any sequence's keys
-    bool chooses = false;                // tokens, on the device
+    SplitSequences split;
+    int64_t num_tiles = 0;   // of prefill attention
+    bool is_decode = false;  // every sequence has one new token, and its logits are wanted
+    bool chooses = false;    // tokens, on the device
 
     auto operator<=>(const StepShape&) const = default;
 };
@@ -31,7 +40,7 @@ struct StepShape {
 class StepInputs {
   public:
     StepInputs(const Device& device, const CachePlan& plan, const StepSizes& sizes, int64_t vocab_size,
-               int64_t queries_per_tile, Arena& arena);
+               const QueryRoom& room, Arena& arena);
 
     // Decode steps are filled up to a power of two, so that few shapes exist. What is added reads and writes a page
     // that no sequence owns, and has no queries in attention.
@@ -63,12 +72,13 @@ class StepInputs {
     };
 
     Layout layout(const StepShape& shape) const;
-    void fill_tiles(const StepBatch& batch, int32_t* tiles) const;
+    SplitSequences split_sequences(const StepBatch& batch) const;
+    void fill_tiles(const StepBatch& batch, const StepShape& shape, int32_t* tiles) const;
     void fill_choices(std::span<const TokenChoice> choices, const StepShape& shape, int32_t* block) const;
 
     CachePlan plan_;
     int64_t vocab_size_;
-    int64_t queries_per_tile_;  // of prefill attention
+    QueryRoom room_;
     Arena::Slice block_;
     std::array<PinnedMemory, 2> host_;
 };

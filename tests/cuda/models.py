@@ -12,6 +12,7 @@ from gemma2_fast.engine.device_weights import device_format, device_parts
 from gemma2_fast.engine.engine import core_cache_plan, core_spec
 from gemma2_fast.spec import AttentionSpec, ModelSpec
 from gemma2_fast.triton_kernels import build
+from gemma2_fast.triton_kernels.attention_decode import MOST_QUERIES, rows_for
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.weights.tensor import Tensor
 from tests.cuda.fake_gpu import FakeGpu
@@ -23,7 +24,7 @@ Blocks = Mapping[str, Mapping[str, int]]
 # Sizes of tiny models, in place of those that are compiled.
 SMALL_BLOCKS: Blocks = {
     "attention_prefill": {"TILE": 16, "BLOCK": 16},
-    "attention_decode": {"ROWS": 16, "BLOCK": 16},
+    "attention_decode": {"BLOCK": 16},
     "matmul": {"ROWS": 16, "COLS": 64},
     "sample_scan": {"BLOCK": 64},
     "sample_weigh": {"BLOCK": 64},
@@ -63,9 +64,17 @@ def _small(specialisation: Specialisation, attention: set[AttentionSpec], blocks
                 own["GROUP"] = mixer.num_query_heads // mixer.num_kv_heads
             else:
                 own["PAIRS"] = mixer.rope.rotated_dims // 2
-            yield dataclasses.replace(specialisation, constants={**constants, **own})
+            for rows in _decode_rows(specialisation.op, own):
+                yield dataclasses.replace(specialisation, constants={**constants, **own, **rows})
     else:
         yield dataclasses.replace(specialisation, constants=constants)
+
+
+def _decode_rows(op: str, own: Mapping[str, int]) -> list[dict[str, int]]:
+    """Of programs of decode attention: for one query a sequence, and for as many as any is compiled for."""
+    if op != "attention_decode":
+        return [{}]
+    return [{"ROWS": rows_for(own["GROUP"], queries)} for queries in (1, MOST_QUERIES)]
 
 
 def small_plan(spec: ModelSpec, max_seq_len: int = 64, max_sequences: int = 4, max_step_tokens: int = 16) -> CachePlan:

@@ -35,6 +35,10 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> SmallModel:
+    return recurrent_model()
+
+
+def recurrent_model() -> SmallModel:
     """Two recurrent layers and one of attention."""
     spec = spec_from_config({**config(), **SIZES, "num_hidden_layers": 3})
     return SmallModel(spec, random_weights(spec, "BF16"))
