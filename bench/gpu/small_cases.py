@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from gemma2_fast.bench import shapes
-from gemma2_fast.bench.gpu_attention import Heads
-from gemma2_fast.bench.gpu_card import Card
-from gemma2_fast.bench.gpu_cases import GpuCase
+from gemma2_fast.bench.gpu.attention import Heads
+from gemma2_fast.bench.gpu.card import Card
+from gemma2_fast.bench.gpu.cases import GpuCase
 from gemma2_fast.triton_kernels import embed as embed_kernel
 from gemma2_fast.triton_kernels import rms_norm as norm_kernel
 from gemma2_fast.triton_kernels import rope as rope_kernel

@@ -11,12 +11,12 @@ from statistics import median
 
 from triton.errors import TritonError
 
-from gemma2_fast.bench import gpu_attention, gpu_small_cases
-from gemma2_fast.bench.gpu_bars import bars_of
-from gemma2_fast.bench.gpu_card import REPEATS, Card, relative_error, seconds_of
-from gemma2_fast.bench.gpu_cases import FORMATS, LINEAR, GpuCase, geglu, matmul, matmul_tiled, matrices
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_rows import GpuRow, Missing, reason, row_of
+from gemma2_fast.bench.gpu import attention, small_cases
+from gemma2_fast.bench.gpu.bars import bars_of
+from gemma2_fast.bench.gpu.card import REPEATS, Card, relative_error, seconds_of
+from gemma2_fast.bench.gpu.cases import FORMATS, LINEAR, GpuCase, geglu, matmul, matmul_tiled, matrices
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.rows import GpuRow, Missing, reason, row_of
 from gemma2_fast.bench.shapes import SIZES
 from gemma2_fast.errors import BackendError
 
@@ -65,18 +65,18 @@ def cases(card: Card, ceilings: GpuCeilings, plan: OpsPlan) -> Iterator[MakeCase
         for matrix in matrices(size):
             yield partial(matmul, card, ceilings, size, matrix, stored)
     for size, batch in itertools.product(plan.sizes, plan.batches):
-        yield partial(gpu_attention.decode, card, ceilings, size, plan.context, batch)
+        yield partial(attention.decode, card, ceilings, size, plan.context, batch)
     yield partial(geglu, card, ceilings, plan.small_size, plan.many_tokens)
     for size, stored in itertools.product(plan.sizes, plan.formats):
         for matrix in ("qkv", "output", "gate_up", "down"):
             yield partial(matmul_tiled, card, ceilings, size, matrix, stored, plan.many_tokens)
     for batch in plan.batches:
-        for small in (gpu_small_cases.rms_norm_add, gpu_small_cases.rope, gpu_small_cases.embed):
+        for small in (small_cases.rms_norm_add, small_cases.rope, small_cases.embed):
             yield partial(small, card, plan.small_size, batch)
-        for rule in gpu_small_cases.RULES:
-            yield partial(gpu_small_cases.sample, card, rule, batch)
+        for rule in small_cases.RULES:
+            yield partial(small_cases.sample, card, rule, batch)
     for size, window in plan.attention:
-        yield partial(gpu_attention.prefill, card, ceilings, size, plan.context, window)
+        yield partial(attention.prefill, card, ceilings, size, plan.context, window)
 
 
 def measure(card: Card, case: GpuCase, repeats: int, deadline: float) -> GpuRow:

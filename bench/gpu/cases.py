@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 
 from gemma2_fast.bench import shapes
-from gemma2_fast.bench.gpu_card import Card, Run
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_rows import Limit
+from gemma2_fast.bench.gpu.card import Card, Run
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.rows import Limit
 from gemma2_fast.triton_kernels import geglu as geglu_kernel
 from gemma2_fast.triton_kernels import matmul as matmul_kernel
 from gemma2_fast.triton_kernels import matmul_tiled as tiled_kernel
@@ -39,7 +39,7 @@ class GpuCase:
     results: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     limit: Limit | None = None
     peers: Mapping[str, Callable[[], Sequence[Run]]] = field(default_factory=dict)
-    bars: str | None = None  # a key of gpu_bars.BARS
+    bars: str | None = None  # a key of bars.BARS
     largest_error: float = LARGEST_ERROR
 
 
