@@ -48,6 +48,7 @@ def _small(tiny_size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teach_bfloat16(monkeypatch)
     monkeypatch.setattr(cases, "tuned", lambda op, arch, **shape: Tuned(SMALL_BLOCKS[op], 4, 2))
     monkeypatch.setattr(small_cases, "RULES", {"greedy": (0.0, None, 1.0), "top_k 8": (1.0, 8, 0.95)})
+    monkeypatch.setattr(shapes, "VOCAB_SIZE", 5000)
     monkeypatch.setattr(ceilings, "STREAM_BLOCKS", ((1024, 4), (2048, 4)))
     monkeypatch.setattr(random_weights, "DRAWN_WEIGHTS", 10_007)
     monkeypatch.setattr(random_weights, "DRAWN_STRIPS", 211)
@@ -79,10 +80,10 @@ def test_ops() -> None:
     assert [row.reason for row in rows if isinstance(row, Missing) and row.is_fault] == []
     found = [row for row in rows if isinstance(row, GpuRow)]
     assert {row.what for row in found} == {
-        "matmul bfloat16", "matmul int8", "matmul_tiled bfloat16", "matmul_tiled int8", "geglu", "attention_decode",
-        "attention_prefill", "rms_norm_add", "rope", "embed", "sample",
+        *(f"{op} {stored}" for op in ("matmul", "matmul_tiled", "embed") for stored in ("bfloat16", "int8", "int4")),
+        "geglu", "attention_decode", "attention_prefill", "rms_norm_add", "rope", "sample",
     }  # fmt: skip
-    assert [row.error for row in found if row.error is None] == [None, None]  # of what is added up
+    assert sum(row.error is None for row in found) == 3  # of what is added up, a row a format
     assert {name for row in found for name in row.peers} == {"F.linear bfloat16", "FlexAttention"}
     assert all(not row.refused for row in found)
 
@@ -114,6 +115,30 @@ def test_a_kernel_that_does_nothing_is_not_fast(
             ops.measure(CARD, case, 1, 0.0)
 
 
+@pytest.mark.parametrize("part", [0, 1], ids=["codes", "factors"])
+@pytest.mark.parametrize(
+    ("module", "make"),
+    [
+        (cases.matmul_kernel, lambda: cases.matmul(CARD, CEILINGS, "tiny", "down", "int4")),
+        (cases.tiled_kernel, lambda: cases.matmul_tiled(CARD, CEILINGS, "tiny", "down", "int4", 20)),
+        (small_cases.embed_kernel, lambda: small_cases.embed(CARD, "tiny", 3, "int4")),
+    ],
+)
+def test_int4_of_swapped_nibbles_is_wrong(module: Any, make: Any, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = module.__name__.rpartition(".")[2]
+    right = getattr(module, name)
+
+    def wrong(*given: Any, **how: Any) -> None:
+        packed = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.dtype == torch.uint8]
+        swapped = {packed[part]: given[packed[part]] << 4 | given[packed[part]] >> 4}
+        right(*(swapped.get(i, x) for i, x in enumerate(given)), **how)
+
+    monkeypatch.setattr(module, name, wrong)
+    case = make()
+    with pytest.raises(BackendError, match="relative error"):
+        ops.measure(CARD, case, 1, 0.0)
+
+
 @pytest.mark.parametrize("mistake", [{"score_softcap": None}, {"window_keys": 39}, {"query_scale": 0.2}])
 def test_attention_of_another_rule_is_wrong(mistake: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention.attention_prefill
@@ -140,11 +165,13 @@ def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_fake_driver(tmp_path_factory.mktemp("driver"))
 
 
+TINY = {"width": 64, "mlp_width": 96, "head_dim": 16, "vocab_size": 128}
+
+
 @pytest.fixture
 def imagined(driver_library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Its driver is where the engine looks for one."""
-    tiny = {"layers": 2, "width": 64, "mlp_width": 96, "heads": 2, "kv_heads": 1, "head_dim": 16, "vocab_size": 128}
-    monkeypatch.setitem(shapes.SIZES, "tiny", shapes.gemma2(**tiny, query_scalar=16))
+    monkeypatch.setitem(shapes.SIZES, "tiny", shapes.gemma2(**TINY, layers=2, heads=2, kv_heads=1, query_scalar=16))
     groups = {"COLS": 128}  # which int8 needs whole
     for op, sizes in {"matmul": {"ROWS": 128}, "matmul_tiled": SMALL_BLOCKS["matmul_tiled"]}.items():
         monkeypatch.setitem(IMAGINED_BLOCKS, op, {**sizes, **groups})
@@ -160,15 +187,16 @@ def imagined(driver_library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 DECODE = models.DecodePlan(
-    "tiny", (4,), (2,), ("bfloat16", "int8"), steps=2, rounds=1, warmup_steps=1, checked_tokens=4
+    "tiny", (4,), (2,), ("bfloat16", "int8", "int4"), steps=2, rounds=1, warmup_steps=1, checked_tokens=4
 )
 
 
 @pytest.mark.slow
 def test_decode(imagined: FakeGpu) -> None:
     rows = list(models.decode_rows(CARD, CEILINGS, DECODE))
-    assert [row.what for row in rows] == [f"decode tiny {stored}" for stored in ("bfloat16", "int8") for _ in range(2)]
-    for single, batch in (rows[:2], rows[2:]):
+    formats = ("bfloat16", "int8", "int4")
+    assert [row.what for row in rows] == [f"decode tiny {stored}" for stored in formats for _ in range(2)]
+    for single, batch in zip(rows[::2], rows[1::2], strict=True):
         assert isinstance(single, GpuRow)
         assert isinstance(batch, GpuRow)
         assert single.shape.startswith("context 4 to 6, batch 1, ")
