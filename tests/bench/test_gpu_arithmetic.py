@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from gemma2_fast.bench import gpu, traffic
-from gemma2_fast.bench.gpu_attention import num_pairs, num_splits
-from gemma2_fast.bench.gpu_bars import BARS, Bar, bars_of
-from gemma2_fast.bench.gpu_card import Card, relative_error, state
-from gemma2_fast.bench.gpu_cases import LINEAR, matrices
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_models import spec_of, step_bytes
-from gemma2_fast.bench.gpu_ops import whole_step
-from gemma2_fast.bench.gpu_rows import GpuRow, Missing, cells, row_of, tally, text_table
+from gemma2_fast.bench.gpu.attention import num_pairs, num_splits
+from gemma2_fast.bench.gpu.bars import BARS, Bar, bars_of
+from gemma2_fast.bench.gpu.card import Card, relative_error, state
+from gemma2_fast.bench.gpu.cases import LINEAR, matrices
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.models import spec_of, step_bytes
+from gemma2_fast.bench.gpu.ops import whole_step
+from gemma2_fast.bench.gpu.rows import GpuRow, Missing, cells, row_of, tally, text_table
 from gemma2_fast.bench.record import record, write_record
 from gemma2_fast.bench.report import markdown
 from gemma2_fast.cli import main

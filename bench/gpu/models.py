@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from gemma2_fast.bench import shapes, traffic
-from gemma2_fast.bench.gpu_bars import bars_of
-from gemma2_fast.bench.gpu_card import Card
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_engine import GpuEngine, Sizes, why_not_kept
-from gemma2_fast.bench.gpu_random import random_tensors
-from gemma2_fast.bench.gpu_rows import GpuRow, Missing, row_of
+from gemma2_fast.bench.gpu.bars import bars_of
+from gemma2_fast.bench.gpu.card import Card
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.engine import GpuEngine, Sizes, why_not_kept
+from gemma2_fast.bench.gpu.random_weights import random_tensors
+from gemma2_fast.bench.gpu.rows import GpuRow, Missing, row_of
 from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.device_weights import device_weight_bytes
 from gemma2_fast.errors import BackendError

@@ -10,14 +10,14 @@ from statistics import median
 
 import torch
 
-from gemma2_fast.bench.gpu_card import Card, relative_error
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_decoders import CompiledPlain, CompiledTransformers, Decoder
-from gemma2_fast.bench.gpu_engine import GpuEngine, Sizes
-from gemma2_fast.bench.gpu_models import UNQUANTIZED, room_for, spec_of, step_bytes
-from gemma2_fast.bench.gpu_ops import OUT_OF_TIME
-from gemma2_fast.bench.gpu_random import random_tensors
-from gemma2_fast.bench.gpu_rows import GpuRow, reason, row_of
+from gemma2_fast.bench.gpu.card import Card, relative_error
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.decoders import CompiledPlain, CompiledTransformers, Decoder
+from gemma2_fast.bench.gpu.engine import GpuEngine, Sizes
+from gemma2_fast.bench.gpu.models import UNQUANTIZED, room_for, spec_of, step_bytes
+from gemma2_fast.bench.gpu.ops import OUT_OF_TIME
+from gemma2_fast.bench.gpu.random_weights import random_tensors
+from gemma2_fast.bench.gpu.rows import GpuRow, reason, row_of
 from gemma2_fast.errors import BackendError
 
 PLAIN, TRANSFORMERS = "torch.compile of a plain model", "transformers, static cache, torch.compile"
