@@ -3,7 +3,8 @@ the other lie in tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,21 @@ import pytest
 import torch
 
 from gemma2_fast import _core
-from gemma2_fast.spec import AttentionSpec
+from gemma2_fast.triton_kernels.specialisation import Specialisation
 from tests.cuda.fake_gpu import FakeGpu, Launch, teach_bfloat16
-from tests.cuda.loop import Floats
-from tests.cuda.models import SmallModel
+from tests.cuda.loop import Floats, Loop
+from tests.cuda.models import SmallModel, gpu_step, small_kernels, small_plan
 from tests.cuda.test_graph_step import gpu_loop, ids, reference, small_model, submit_together
 from tests.cuda.test_recurrent_step import recurrent_model
 from tests.support.tiny_models import TinyModel
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # of the gate of a large negative number
-]
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the gate of a large negative number
 
 STEP_TOKENS = 32
 # Two prompts and the beginning of a third are a step of so many tokens; the third goes on while the others decode.
 DECODING, CHUNKS = (26, 3), (3, 30, 7)
 NEW_TOKENS = 4
+PROMPTS = [ids(count, count) for count in (*DECODING, sum(CHUNKS))]
 
 MODELS: dict[str, Callable[[Path], TinyModel | SmallModel]] = {
     "gemma2": lambda directory: small_model("gemma2", directory),
@@ -41,52 +40,35 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     teach_bfloat16(monkeypatch)
 
 
-def steps(gpu: FakeGpu) -> list[list[Launch]]:
-    """Every step begins with the embedding."""
-    found: list[list[Launch]] = []
-    for launch in gpu.launches:
-        if gpu.specialisations[launch.symbol].op == "embed":
-            found.append([])
-        found[-1].append(launch)
-    return found
-
-
-def of_op(step: list[Launch], gpu: FakeGpu, op: str) -> Iterator[tuple[tuple[int, ...], int | None]]:
-    """Grid and rows of a program, of each launch."""
-    for launch in step:
-        specialisation = gpu.specialisations[launch.symbol]
-        if specialisation.op == op:
-            yield launch.grid, specialisation.constants.get("ROWS")
-
-
 def log_probabilities(logits: Floats) -> Floats:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    return MODELS[request.param](tmp_path)
-
-
-def test_mixed_steps(model: TinyModel | SmallModel, driver_library: Path) -> None:
-    """Past the window by more than a page; the third prompt's last tokens are few enough to split their keys, too."""
-    gpu, loop = gpu_loop(model, driver_library, max_step_tokens=STEP_TOKENS)
-    prompts = [ids(count, count) for count in (*DECODING, sum(CHUNKS))]
+def run(gpu: FakeGpu, loop: Loop) -> tuple[Floats, list[list[_core.TokenEvent]]]:
+    """Logits of the third prompt, and what the two sequences that decode meanwhile give."""
     logits = np.full((sum(CHUNKS), loop.vocab_size), np.nan, np.float32)
-    with loop:
-        asked: list[dict[str, Any]] = [
-            {"token_ids": prompt, "max_tokens": NEW_TOKENS, "logprobs": True} for prompt in prompts[:2]
-        ]
-        asked.append({"token_ids": prompts[2], "max_tokens": 0, "logits_out": logits})
-        *decoding, third = submit_together(gpu, loop, asked)
-        events = [loop.finish(sequence) for sequence in decoding]
-        loop.finish(third)
+    asked: list[dict[str, Any]] = [
+        {"token_ids": prompt, "max_tokens": NEW_TOKENS, "logprobs": True} for prompt in PROMPTS[:2]
+    ]
+    asked.append({"token_ids": PROMPTS[2], "max_tokens": 0, "logits_out": logits})
+    *decoding, third = submit_together(gpu, loop, asked)
+    events = [loop.finish(sequence) for sequence in decoding]
+    loop.finish(third)
+    return logits, events
 
-    assert_close(logits, model, prompts[2])
-    for prompt, made in zip(prompts, events, strict=False):
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MODELS)
+def test_logits_are_those_of_the_reference(family: str, driver_library: Path, tmp_path: Path) -> None:
+    """Past the window by more than a page."""
+    model = MODELS[family](tmp_path)
+    gpu, loop = gpu_loop(model, driver_library, max_step_tokens=STEP_TOKENS)
+    with loop:
+        logits, events = run(gpu, loop)
+    assert_close(logits, model, PROMPTS[2])
+    for prompt, made in zip(PROMPTS, events, strict=False):
         assert_likely(made, model, prompt)
-    assert_planned(gpu, model)
 
 
 def assert_close(logits: Floats, model: TinyModel | SmallModel, prompt: list[int]) -> None:
@@ -108,23 +90,51 @@ def assert_likely(made: list[_core.TokenEvent], model: TinyModel | SmallModel, p
     assert np.abs(ours - exact[range(NEW_TOKENS), tokens]).max() <= 1.2 * np.abs(usual - exact).max()
 
 
-def assert_planned(gpu: FakeGpu, model: TinyModel | SmallModel) -> None:
-    """One launch more in a step that has both."""
-    mixers = [layer.mixer for layer in model.spec.layers if isinstance(layer.mixer, AttentionSpec)]
-    kv_heads, layers = mixers[0].num_kv_heads, len(mixers)
-    queries_per_tile = 16 * kv_heads // mixers[0].num_query_heads
+@dataclass(frozen=True)
+class Attention:
+    """A launch of it: tiles, as sequence and first query, or programs along each axis and rows of one."""
 
-    def tiles(*counts: int) -> list[tuple[tuple[int, ...], int | None]]:
-        num_tiles = sum(-(-count // queries_per_tile) for count in counts)
-        return layers * [((num_tiles, kv_heads, 1), None)]
+    tiles: tuple[tuple[int, int], ...] = ()
+    grid: tuple[int, ...] = ()
+    rows: int | None = None
 
-    def split(step: list[Launch]) -> list[tuple[tuple[int, ...], int | None]]:
-        return [(grid[1:], rows) for grid, rows in of_op(step, gpu, "attention_decode")]
 
-    _, prompts, mixed, tail, decode = steps(gpu)
-    assert split(prompts) == []
-    assert split(mixed) == split(decode) == layers * [((kv_heads, len(DECODING)), 16)]
-    assert split(tail) == layers * [((kv_heads, len(DECODING) + 1), 32)]
-    found = [list(of_op(step, gpu, "attention_prefill")) for step in (prompts, mixed, tail, decode)]
-    assert found == [tiles(*DECODING, CHUNKS[0]), tiles(CHUNKS[1]), [], []]
-    assert gpu.calls().count("cuGraphInstantiate") == 2  # of decode steps alone: the first request's, and the last step
+class BlankGpu(FakeGpu):
+    """Computes nothing but logits, which are all 0. `attention`: its launches of each step."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.attention: list[list[Attention]] = []
+
+    def _compute(self, specialisation: Specialisation, kinds: dict[str, str], launch: Launch) -> None:
+        given = {name: int(value) for name, value in launch.arguments.items()}
+        match specialisation.op:
+            case "embed":  # every step begins with it
+                self.attention.append([])
+            case "attention_decode":
+                rows = int(specialisation.constants["ROWS"])
+                self.attention[-1].append(Attention(grid=launch.grid, rows=rows))
+            case "attention_prefill":
+                tiles = self.tensor(given["tiles"], "i32")[: 2 * launch.grid[0]].tolist()
+                self.attention[-1].append(Attention(tiles=tuple(zip(tiles[::2], tiles[1::2], strict=True))))
+            case "matmul" if kinds["out"] == "*fp32":
+                self.tensor(given["out"], "fp32")[: given["rows"] * given["num_tokens"]] = 0
+
+
+def test_one_launch_more_where_a_step_has_both(driver_library: Path, tmp_path: Path) -> None:
+    """Of three heads a query, tiles of sixteen rows hold five queries. The tail of the third prompt is few enough to
+    split its keys, too; only the last step, of single tokens alone, is captured, and that of the first request."""
+    model = small_model("gemma2", tmp_path)
+    gpu = BlankGpu(driver_library, small_kernels(model.spec))
+    plan = small_plan(model.spec, max_step_tokens=STEP_TOKENS)
+    with Loop(gpu_step(gpu, model, plan), model, plan) as loop:
+        run(gpu, loop)
+    _, prompts, mixed, tail, decode = gpu.attention
+    begun = [(0, 25), (0, 20), (0, 15), (0, 10), (0, 5), (0, 0), (1, 0), (2, 0)]
+    singles = [Attention(grid=(splits, 2, 2), rows=16) for splits in (1, 2)]  # in a window of nine keys, and in all
+    assert prompts == 2 * [Attention(tiles=tuple(begun))]
+    chunk = Attention(tiles=tuple((2, first) for first in (25, 20, 15, 10, 5, 0)))
+    assert mixed == [singles[0], chunk, singles[1], chunk]
+    assert tail == 2 * [Attention(grid=(1, 2, 3), rows=32)]
+    assert decode == singles
+    assert gpu.calls().count("cuGraphInstantiate") == 2
