@@ -5,8 +5,9 @@
 
 Every part measures the ceilings first: how fast memory is read, and a product of 8192 x 8192 matrices in bfloat16.
 ops: each kernel at shapes of Gemma 2, beside PyTorch's own. 2b, 9b, 27b: decode of the whole engine with random
-weights. prefill: prompts of 8192 tokens. peers: our engine and PyTorch's compiled models in turn. A result is checked
-after it was timed, and a wrong one is not reported. Bars that are not met fail nothing; they are told at the end.
+weights. recurrentgemma: the 2B after a long prompt beside after a short one, and in batches. prefill: prompts of 8192
+tokens. peers: our engine and PyTorch's compiled models in turn. A result is checked after it was timed, and a wrong one
+is not reported. Bars that are not met fail nothing; they are told at the end.
 """
 
 from __future__ import annotations
@@ -26,19 +27,23 @@ if TYPE_CHECKING:
     from gemma2_fast.bench.gpu.card import Card
     from gemma2_fast.bench.gpu.ceilings import GpuCeilings
 
-PARTS = ("ops", "2b", "9b", "27b", "prefill", "peers")
+PARTS = ("ops", "2b", "9b", "27b", "recurrentgemma", "prefill", "peers")
 
 
 def rows_of(part: str, card: Card, ceilings: GpuCeilings) -> Iterator[GpuRow | Missing]:
-    """Only here is it said what a part measures."""
-    from gemma2_fast.bench.gpu import models, ops, peers
+    """Only here is it said what a part measures, and only peers need transformers."""
+    from gemma2_fast.bench.gpu import models, ops, recurrent
 
     match part:
         case "ops":
             yield from ops.rows(card, ceilings, ops.OpsPlan())
+        case "recurrentgemma":
+            yield from recurrent.rows(card, ceilings, recurrent.RecurrentPlan())
         case "prefill":
             yield from models.prefill_rows(card, ceilings, models.PrefillPlan())
         case "peers":
+            from gemma2_fast.bench.gpu import peers
+
             yield from peers.rows(card, ceilings, peers.PeersPlan())
         case size:
             batches = (8, 32) if size == "2b" else ()

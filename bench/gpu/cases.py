@@ -69,7 +69,7 @@ class RandomWeights:
         scales = self.scales[copy][rows].float().repeat_interleave(GROUP_COLS, dim=1)
         return numbers[:, : self.cols].float() * scales[:, : self.cols]
 
-    def arrays(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    def arrays(self) -> Iterator[tuple[Any, ...]]:
         """Weight, scales and factors of each copy."""
         parts = (self.weight, self.scales, self.factors)
         return zip(*(itertools.repeat(None) if part is None else part for part in parts), strict=False)
@@ -78,7 +78,8 @@ class RandomWeights:
 def unpacked(packed: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """factor * (code - 8) of int4's arrays [rows, groups, 64] and [rows, groups, 2]: [rows, groups * 128] int8."""
     codes, of_runs = (torch.cat([part & 15, part >> 4], dim=-1).to(torch.int8) - 8 for part in (packed, factors))
-    return (codes.unflatten(-1, (of_runs.shape[-1], -1)) * of_runs[..., None]).flatten(1)
+    rows, groups, runs = of_runs.shape
+    return (codes.view(rows, groups, runs, -1) * of_runs[..., None]).flatten(1)
 
 
 def matrices(size: str) -> dict[str, tuple[int, int]]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from gemma2_fast.bench import shapes
-from gemma2_fast.bench.gpu import attention, cases, ceilings, models, ops, peers, random_weights, small_cases
+from gemma2_fast.bench import prepare, shapes
+from gemma2_fast.bench.gpu import attention, cases, ceilings, models, ops, peers, random_weights, recurrent, small_cases
 from gemma2_fast.bench.gpu.card import Card
 from gemma2_fast.bench.gpu.ceilings import GpuCeilings
 from gemma2_fast.bench.gpu.engine import GpuEngine, Sizes
@@ -172,12 +172,14 @@ TINY = {"width": 64, "mlp_width": 96, "head_dim": 16, "vocab_size": 128}
 def imagined(driver_library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Its driver is where the engine looks for one."""
     monkeypatch.setitem(shapes.SIZES, "tiny", shapes.gemma2(**TINY, layers=2, heads=2, kv_heads=1, query_scalar=16))
+    monkeypatch.setitem(shapes.SIZES, "tiny-recurrent", shapes.recurrent_gemma(**TINY, layers=3, heads=4, window=16))
     groups = {"COLS": 128}  # which int8 needs whole
     for op, sizes in {"matmul": {"ROWS": 128}, "matmul_tiled": SMALL_BLOCKS["matmul_tiled"]}.items():
         monkeypatch.setitem(IMAGINED_BLOCKS, op, {**sizes, **groups})
     for op in ("sample_scan", "sample_weigh", "sample_draw"):
         monkeypatch.setitem(IMAGINED_BLOCKS, op, {"BLOCK": 128})
-    gpu = FakeGpu(driver_library, small_kernels(models.spec_of("tiny")))
+    specs = map(models.spec_of, ("tiny", "tiny-recurrent"))
+    gpu = FakeGpu(driver_library, [kernel for spec in specs for kernel in small_kernels(spec)])
     monkeypatch.setattr(options, "DRIVER_LIBRARY", gpu.path)
     monkeypatch.setattr(gpu_backend, "kernel_images", lambda arch: gpu.images())
     monkeypatch.setattr(memory, "GPU_PAGE_TOKENS", PAGE)
@@ -197,11 +199,25 @@ def test_decode(imagined: FakeGpu) -> None:
     formats = ("bfloat16", "int8", "int4")
     assert [row.what for row in rows] == [f"decode tiny {stored}" for stored in formats for _ in range(2)]
     for single, batch in zip(rows[::2], rows[1::2], strict=True):
-        assert isinstance(single, GpuRow)
-        assert isinstance(batch, GpuRow)
         assert single.shape.startswith("context 4 to 6, batch 1, ")
         assert len(single.runs_us) == 2
         assert batch.tokens_per_s == pytest.approx(2e6 / batch.microseconds)
+
+
+RECURRENT = recurrent.RecurrentPlan(
+    "tiny-recurrent", (4, 20), 4, most_batch=3, steps=2, rounds=1, sampling_rounds=1, warmup_steps=1, checked_tokens=8
+)
+
+
+@pytest.mark.slow
+def test_recurrent(imagined: FakeGpu) -> None:
+    short, long, *sampled = recurrent.rows(CARD, CEILINGS, RECURRENT)
+    assert short.shape.startswith("context 4 to 6, batch 1, ")
+    assert long.shape.startswith("context 20 to 22, batch 1, ")
+    assert (len(short.runs_us), short.peers) == (2, {})
+    assert long.peers == {"itself after 4 tokens": pytest.approx(short.microseconds)}
+    assert [row.shape.split(", ")[1] for row in sampled] == ["batch 1", "batch 2"]
+    assert all("6000 tokens/s on a TPUv5e" in row.what for row in sampled)
 
 
 @pytest.mark.slow
@@ -228,20 +244,23 @@ def test_kernels_that_compute_nothing_are_noticed(imagined: FakeGpu) -> None:
 
 
 @pytest.mark.slow
-def test_a_decode_step_without_attention_is_noticed(imagined: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "op"), [("tiny", "attention_decode"), ("tiny-recurrent", "rg_lru_step")])
+def test_a_decode_step_without_a_kernel_is_noticed(
+    size: str, op: str, imagined: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compute = imagined._compute
 
-    def all_but_attention(specialisation: Specialisation, kinds: dict[str, str], launch: Launch) -> None:
-        if specialisation.op != "attention_decode":
+    def all_but_one(specialisation: Specialisation, kinds: dict[str, str], launch: Launch) -> None:
+        if specialisation.op != op:
             compute(specialisation, kinds, launch)
 
-    monkeypatch.setattr(imagined, "_compute", all_but_attention)
-    spec = models.spec_of("tiny")
-    with (
-        GpuEngine(spec, random_weights.random_tensors(spec, None), Sizes(max_seq_len=64)) as engine,
-        pytest.raises(BackendError, match="the likeliest tokens are not those of one prompt"),
-    ):
-        engine.check_decode(6, 3)
+    monkeypatch.setattr(imagined, "_compute", all_but_one)
+    monkeypatch.setattr(prepare, "DEVIATION", 64**-0.5)  # layers of 64 are felt as those of 2560 with 0.02
+    spec = models.spec_of(size)
+    with GpuEngine(spec, random_weights.random_tensors(spec, None), Sizes(max_seq_len=64, max_batch=2)) as engine:
+        for batch in (1, 2):
+            with pytest.raises(BackendError, match="the likeliest tokens are not those of one prompt"):
+                engine.check_decode(6, 3, batch)
 
 
 def test_a_peer_that_computes_something_else_is_not_timed() -> None:
