@@ -127,6 +127,7 @@ void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choic
     const StepShape shape = inputs_.shape(batch, chooses);
     inputs_.fill(batch, choices, shape);
     try {
+        model_.copy_states(batch.state_copies, arena_, stream_);  // outside of graphs, which know no slots
         if (shape.decode_keys && options_.captures)
             replay(shape);
         else
