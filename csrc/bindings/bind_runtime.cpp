@@ -199,12 +199,13 @@ void bind_plan(py::module_& module) {
         .def_readonly("table_width", &PagedKvGroup::table_width);
 
     py::class_<RecurrentStateGroup>(module, "RecurrentStateGroup")
-        .def(py::init<std::vector<int32_t>, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("layers"),
-             py::arg("width"), py::arg("conv_tail"), py::arg("num_slots"))
+        .def(py::init<std::vector<int32_t>, int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("layers"),
+             py::arg("width"), py::arg("conv_tail"), py::arg("num_slots"), py::arg("num_snapshots") = 0)
         .def_readonly("layers", &RecurrentStateGroup::layers)
         .def_readonly("width", &RecurrentStateGroup::width)
         .def_readonly("conv_tail", &RecurrentStateGroup::conv_tail)
-        .def_readonly("num_slots", &RecurrentStateGroup::num_slots);
+        .def_readonly("num_slots", &RecurrentStateGroup::num_slots)
+        .def_readonly("num_snapshots", &RecurrentStateGroup::num_snapshots);
 
     py::class_<CachePlan>(module, "CachePlan")
         .def(py::init<int64_t, std::vector<PagedKvGroup>, std::optional<RecurrentStateGroup>>(), py::kw_only(),
@@ -292,7 +293,6 @@ void bind_runtime(py::module_& module) {
     bind_plan(module);
     bind_request(module);
     bind_events(module);
-    py::class_<ModelStep, std::shared_ptr<ModelStep>>(module, "ModelStep", "What a backend is to the decode loop.");
     bind_callback_step(module);
     bind_loop(module);
 }

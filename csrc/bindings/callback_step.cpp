@@ -14,9 +14,9 @@ namespace py = pybind11;
 namespace gemma2_fast {
 namespace {
 
-// A read-only view of a vector that lives in the Python object `owner`.
-py::array_t<int32_t> view(const std::vector<int32_t>& values, std::vector<py::ssize_t> shape, py::handle owner) {
-    py::array_t<int32_t> array(std::move(shape), values.data(), owner);
+// A read-only view of numbers that live in the Python object `owner`.
+py::array_t<int32_t> view(const int32_t* values, std::vector<py::ssize_t> shape, py::handle owner) {
+    py::array_t<int32_t> array(std::move(shape), values, owner);
     array.attr("setflags")(py::arg("write") = false);
     return array;
 }
@@ -24,7 +24,7 @@ py::array_t<int32_t> view(const std::vector<int32_t>& values, std::vector<py::ss
 template <std::vector<int32_t> StepBatch::* member>
 py::array_t<int32_t> flat_view(const py::object& self) {
     const auto& values = self.cast<const StepBatch&>().*member;
-    return view(values, {static_cast<py::ssize_t>(values.size())}, self);
+    return view(values.data(), {static_cast<py::ssize_t>(values.size())}, self);
 }
 
 py::tuple block_tables(const py::object& self) {
@@ -33,9 +33,15 @@ py::tuple block_tables(const py::object& self) {
     const auto num_sequences = static_cast<py::ssize_t>(batch.num_sequences());
     for (std::size_t g = 0; g < batch.block_table.size(); ++g) {
         const auto size = static_cast<py::ssize_t>(batch.block_table[g].size());
-        tables[g] = view(batch.block_table[g], {num_sequences, num_sequences > 0 ? size / num_sequences : 0}, self);
+        tables[g] =
+            view(batch.block_table[g].data(), {num_sequences, num_sequences > 0 ? size / num_sequences : 0}, self);
     }
     return tables;
+}
+
+py::array_t<int32_t> state_copies(const py::object& self) {
+    const std::vector<StateCopy>& copies = self.cast<const StepBatch&>().state_copies;
+    return view(copies.empty() ? nullptr : copies.front().data(), {static_cast<py::ssize_t>(copies.size()), 2}, self);
 }
 
 std::string describe(const py::object& value) {
@@ -134,6 +140,7 @@ void bind_callback_step(py::module_& module) {
         .def_property_readonly("context_tokens", &flat_view<&StepBatch::context_tokens>)
         .def_property_readonly("block_table", &block_tables)
         .def_property_readonly("state_slot", &flat_view<&StepBatch::state_slot>)
+        .def_property_readonly("state_copies", &state_copies)
         .def_property_readonly("logits_token", &flat_view<&StepBatch::logits_token>);
 
     py::class_<CallbackStep, ModelStep, std::shared_ptr<CallbackStep>>(

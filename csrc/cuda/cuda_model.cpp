@@ -138,6 +138,13 @@ QueryRoom CudaModel::query_room() const {
     return room.value_or(QueryRoom{.tile = sizes_.max_tokens, .split = 0});
 }
 
+void CudaModel::copy_states(std::span<const StateCopy> copies, const Arena& arena, Stream& stream) const {
+    for (const StateCopy slots : copies)
+        for (const CudaLayer& layer : layers_)
+            if (const auto* recurrent = std::get_if<RecurrentLayer>(&layer.mixer))
+                recurrent->copy_state(slots, arena, stream);
+}
+
 void CudaModel::enqueue(const StepContext& step) const {
     embed(step);
     for (std::size_t index = 0; index < layers_.size(); ++index) {

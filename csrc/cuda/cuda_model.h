@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <variant>
 #include <vector>
 
@@ -31,6 +32,7 @@ class CudaModel {
     CudaModel(const ModelSpec& spec, const CachePlan& plan, const StepSizes& sizes, int num_multiprocessors,
               KernelSet& kernels, DeviceWeights& weights, Arena& arena);
 
+    void copy_states(std::span<const StateCopy> copies, const Arena& arena, Stream& stream) const;
     // Puts a whole forward pass on the step's stream.
     void enqueue(const StepContext& step) const;
 

@@ -85,6 +85,12 @@ void Stream::copy_to_host(void* target, CUdeviceptr source, int64_t num_bytes) {
                  "copying " + std::to_string(num_bytes) + " bytes from the device");
 }
 
+void Stream::copy_on_device(CUdeviceptr target, CUdeviceptr source, int64_t num_bytes) {
+    const Driver& driver = device_.driver();
+    driver.check(driver.cuMemcpyDtoDAsync_v2(target, source, static_cast<std::size_t>(num_bytes), stream_),
+                 "copying " + std::to_string(num_bytes) + " bytes on the device");
+}
+
 void Stream::fill(CUdeviceptr target, uint8_t value, int64_t num_bytes) {
     const Driver& driver = device_.driver();
     driver.check(driver.cuMemsetD8Async(target, value, static_cast<std::size_t>(num_bytes), stream_),

@@ -105,6 +105,7 @@ class Stream {
 
     void copy_to_device(CUdeviceptr target, const void* source, int64_t num_bytes);
     void copy_to_host(void* target, CUdeviceptr source, int64_t num_bytes);
+    void copy_on_device(CUdeviceptr target, CUdeviceptr source, int64_t num_bytes);
     void fill(CUdeviceptr target, uint8_t value, int64_t num_bytes);
     CUgraphExec capture(FunctionRef<void()> enqueue);  // what `enqueue` puts here is recorded and not run
     void launch(const Graph& graph);

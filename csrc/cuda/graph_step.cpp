@@ -150,6 +150,7 @@ void GraphStep::put_on_stream(const StepBatch& batch, std::span<const TokenChoic
     const StepShape shape = inputs_.shape(batch, !choices.empty());
     inputs_.fill(batch, choices, shape, next_side_);
     try {
+        model_.copy_states(batch.state_copies, arena_, stream_);  // outside of graphs, which know no slots
         inputs_.copy(shape, next_side_, arena_, stream_);
         if (shape.is_decode && options_.captures)
             replay(shape);

@@ -33,7 +33,9 @@ class PagedKvGroup:
     def table_width(self) -> int: ...
 
 class RecurrentStateGroup:
-    def __init__(self, *, layers: Sequence[int], width: int, conv_tail: int, num_slots: int) -> None: ...
+    def __init__(
+        self, *, layers: Sequence[int], width: int, conv_tail: int, num_slots: int, num_snapshots: int = 0
+    ) -> None: ...
     @property
     def layers(self) -> list[int]: ...
     @property
@@ -42,6 +44,8 @@ class RecurrentStateGroup:
     def conv_tail(self) -> int: ...
     @property
     def num_slots(self) -> int: ...
+    @property
+    def num_snapshots(self) -> int: ...
 
 class CachePlan:
     def __init__(
@@ -173,10 +177,15 @@ class StepBatch:
     @property
     def state_slot(self) -> step_batch.Ints: ...
     @property
+    def state_copies(self) -> step_batch.Ints: ...
+    @property
     def logits_token(self) -> step_batch.Ints: ...
 
 class ModelStep:
     """What a backend is to the decode loop."""
+
+    def run(self, batch: step_batch.StepBatch, vocab_size: int) -> NDArray[np.float32]:
+        """One step by hand, for tests: the logits [L, V] before the final soft cap. No loop may have this step."""
 
 class CallbackStep(ModelStep):
     """Runs a Python callable as a model step. What it gets is this module's StepBatch, equal in fields.

@@ -186,6 +186,14 @@ CUresult cuMemcpyDtoHAsync_v2(void* target, CUdeviceptr source, std::size_t num_
         return 0;
     });
 }
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, std::size_t num_bytes, CUstream) {
+    if (const int error = call("cuMemcpyDtoDAsync", std::to_string(num_bytes))) return error;
+    if (!inside(target, num_bytes) || !inside(source, num_bytes)) return 700;
+    return enqueue([=] {
+        std::memcpy(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), num_bytes);
+        return 0;
+    });
+}
 CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, std::size_t num_bytes, CUstream) {
     if (const int error = call("cuMemsetD8Async", std::to_string(num_bytes))) return error;
     if (!inside(target, num_bytes)) return 700;

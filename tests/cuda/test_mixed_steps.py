@@ -16,9 +16,8 @@ from gemma2_fast import _core
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 from tests.cuda.fake_gpu import FakeGpu, Launch, teach_bfloat16
 from tests.cuda.loop import Floats, Loop
-from tests.cuda.models import SmallModel, gpu_step, small_kernels, small_plan
+from tests.cuda.models import SmallModel, gpu_step, small_kernels, small_plan, small_recurrent_model
 from tests.cuda.test_graph_step import gpu_loop, ids, reference, small_model, submit_together
-from tests.cuda.test_recurrent_step import recurrent_model
 from tests.support.tiny_models import TinyModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the gate of a large negative number
@@ -31,7 +30,7 @@ PROMPTS = [ids(count, count) for count in (*DECODING, sum(CHUNKS))]
 
 MODELS: dict[str, Callable[[Path], TinyModel | SmallModel]] = {
     "gemma2": lambda directory: small_model("gemma2", directory),
-    "recurrent_gemma": lambda _: recurrent_model(),
+    "recurrent_gemma": lambda _: small_recurrent_model(),
 }
 
 

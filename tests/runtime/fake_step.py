@@ -84,6 +84,7 @@ class FakeStep:
     num_slots: int = 0
     host_every: int | None = None  # every so many rows `choose` leaves to the host
     num_rows_chosen: int = 0
+    num_snapshots: int = 0  # the last of the slots
     steps: list[tuple[int, int]] = field(default_factory=list)  # tokens and rows of logits of each
     faults: list[str] = field(default_factory=list)
 
@@ -96,7 +97,9 @@ class FakeStep:
     def plan(self) -> _core.CachePlan:
         recurrent = None
         if self.num_slots:
-            recurrent = _core.RecurrentStateGroup(layers=[1], width=1, conv_tail=3, num_slots=self.num_slots)
+            recurrent = _core.RecurrentStateGroup(
+                layers=[1], width=1, conv_tail=3, num_slots=self.num_slots, num_snapshots=self.num_snapshots
+            )
         return _core.CachePlan(
             page_tokens=PAGE_TOKENS, paged=[group.core() for group in self.groups], recurrent=recurrent
         )
@@ -153,6 +156,8 @@ class FakeStep:
             assert np.all((held >= 0) & (held < group.num_blocks)), "block id outside the pool"
         assert len(batch.state_slot) == (num_sequences if self.num_slots else 0), "state slots"
         assert len(set(batch.state_slot.tolist())) == len(batch.state_slot), "two sequences share a state slot"
+        assert np.all(batch.state_slot < self.num_slots - self.num_snapshots), "a sequence in the slot of a snapshot"
+        assert batch.state_copies.shape == (0, 2), "the loop copies no states"
 
     def _advance_state(self, batch: StepBatch, s: int, context: int, tokens: list[int]) -> list[int]:
         if not self.num_slots:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gemma2_fast import _core
 from gemma2_fast.engine.step_batch import StepBatch
-from gemma2_fast.errors import RequestError
+from gemma2_fast.errors import CapacityError, RequestError
 
 from .fake_step import (
     PAGE_TOKENS,
@@ -73,6 +73,18 @@ def test_chunks_do_not_change_the_ids(length: int, max_step_tokens: int, chooses
         assert max(tokens for tokens, _ in step.steps) == min(length, max_step_tokens)
         assert loop.stats()["num_preemptions"] == 0
         assert_all_free(loop)
+
+
+def test_slots_of_snapshots_are_no_sequences() -> None:
+    """Room for two sequences beside two snapshots: the third waits."""
+    groups = two_groups(16)
+    step = FakeStep(groups, num_slots=4, num_snapshots=2)
+    with running(step, max_step_tokens=16) as loop:
+        ids = [loop.submit(greedy(prompt_of(9, i), 30)) for i in range(3)]
+        for i, sequence_id in enumerate(ids):
+            assert ids_of(collect(loop, sequence_id)) == expected_greedy(prompt_of(9, i), 30, groups, recurrent=True)
+    with pytest.raises(CapacityError, match="between 1 and"), running(FakeStep(groups, num_slots=2, num_snapshots=2)):
+        pass
 
 
 @pytest.mark.parametrize("chooses", [False, True])
