@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -58,6 +59,7 @@ class GraphStep final : public ModelStep {
     void enqueue(const StepShape& shape);
 
     std::shared_ptr<const Device> device_;
+    std::optional<DeviceGuard> lifetime_guard_;  // while the members below are made, and while they are destroyed
     Options options_;
     CachePlan plan_;
     Arena arena_;
