@@ -46,10 +46,7 @@ void bind_cuda(py::module_& module) {
              py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("name", &Device::name)
         .def_property_readonly("arch", &Device::arch)
-        .def_property_readonly("free_bytes", [](const Device& device) {
-            device.activate();
-            return device.free_bytes();
-        });
+        .def_property_readonly("free_bytes", &Device::free_bytes);
     py::class_<KernelImage>(module, "KernelImage")
         .def(py::init([](std::string op, std::string symbol, std::map<std::string, int64_t> constants,
                          const std::vector<std::tuple<std::string, std::string, bool>>& parameters,

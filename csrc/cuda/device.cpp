@@ -25,9 +25,8 @@ Device::Device(const std::string& driver_library, int ordinal) : driver_(driver_
 
 Device::~Device() { driver_.cuDevicePrimaryCtxRelease_v2(device_); }
 
-void Device::activate() const { driver_.check(driver_.cuCtxSetCurrent(context_), "choosing " + name_); }
-
 int64_t Device::free_bytes() const {
+    const DeviceGuard guard(*this);
     std::size_t free = 0, total = 0;
     driver_.check(driver_.cuMemGetInfo_v2(&free, &total), "asking for free memory");
     return static_cast<int64_t>(free);
@@ -37,6 +36,15 @@ int Device::attribute(int which) const {
     int value = 0;
     driver_.check(driver_.cuDeviceGetAttribute(&value, which, device_), "asking for a property of " + name_);
     return value;
+}
+
+DeviceGuard::DeviceGuard(const Device& device) : device_(device) {
+    device.driver().check(device.driver().cuCtxPushCurrent_v2(device.context()), "choosing " + device.name());
+}
+
+DeviceGuard::~DeviceGuard() {
+    CUcontext ours = nullptr;
+    device_.driver().cuCtxPopCurrent_v2(&ours);
 }
 
 DeviceMemory::DeviceMemory(const Device& device, int64_t num_bytes, const std::string& purpose) : device_(device) {

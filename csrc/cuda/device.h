@@ -9,7 +9,8 @@
 
 namespace gemma2_fast {
 
-// One GPU and its primary context, which libraries in the same process share.
+// One GPU and its primary context, which libraries in the same process share. All that follows, the device's own
+// functions aside, needs a DeviceGuard in its thread.
 class Device {
   public:
     Device(const std::string& driver_library, int ordinal);
@@ -17,11 +18,10 @@ class Device {
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
 
-    // Every thread that uses the device calls this before anything else.
-    void activate() const;
     int64_t free_bytes() const;
 
     const Driver& driver() const { return driver_; }
+    CUcontext context() const { return context_; }
     const std::string& name() const { return name_; }
     int arch() const { return arch_; }  // compute capability, 90 for 9.0
     int num_multiprocessors() const { return num_multiprocessors_; }
@@ -37,6 +37,18 @@ class Device {
     int arch_ = 0;
     int num_multiprocessors_ = 0;
     int most_shared_bytes_ = 0;
+};
+
+// While it lives, the device's context is the current one of its thread; afterwards that which was current before.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(const Device& device);
+    ~DeviceGuard();
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    const Device& device_;
 };
 
 // Memory of the device, or of the host where the device can copy from it on its own.

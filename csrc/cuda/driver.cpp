@@ -47,7 +47,8 @@ Driver::Driver(const std::string& library)
     LOAD(cuDeviceGetAttribute);
     LOAD(cuDevicePrimaryCtxRetain);
     LOAD(cuDevicePrimaryCtxRelease_v2);
-    LOAD(cuCtxSetCurrent);
+    LOAD(cuCtxPushCurrent_v2);
+    LOAD(cuCtxPopCurrent_v2);
     LOAD(cuMemGetInfo_v2);
     LOAD(cuMemAlloc_v2);
     LOAD(cuMemFree_v2);

@@ -42,6 +42,7 @@ enum : int {
     CUDA_ERROR_OUT_OF_MEMORY = 2,
     CUDA_ERROR_NO_DEVICE = 100,
     CUDA_ERROR_INVALID_IMAGE = 200,
+    CUDA_ERROR_INVALID_CONTEXT = 201,
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209,
     CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222,
     CUDA_ERROR_ILLEGAL_ADDRESS = 700,
@@ -85,7 +86,8 @@ class Driver {
     CUresult (*cuDeviceGetAttribute)(int* value, int attribute, CUdevice);
     CUresult (*cuDevicePrimaryCtxRetain)(CUcontext*, CUdevice);
     CUresult (*cuDevicePrimaryCtxRelease_v2)(CUdevice);
-    CUresult (*cuCtxSetCurrent)(CUcontext);
+    CUresult (*cuCtxPushCurrent_v2)(CUcontext);
+    CUresult (*cuCtxPopCurrent_v2)(CUcontext*);
     CUresult (*cuMemGetInfo_v2)(std::size_t* free_bytes, std::size_t* total_bytes);
     CUresult (*cuMemAlloc_v2)(CUdeviceptr*, std::size_t num_bytes);
     CUresult (*cuMemFree_v2)(CUdeviceptr);

@@ -21,7 +21,8 @@ StepSizes sizes_of(const GraphStep::Options& options) {
 GraphStep::GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec, const CachePlan& plan,
                      std::map<std::string, DeviceFormat> formats, std::vector<KernelImage> kernels,
                      const Options& options)
-    : device_((device->activate(), std::move(device))),
+    : device_(std::move(device)),
+      lifetime_guard_(std::in_place, *device_),
       options_(options),
       plan_(plan),
       weights_(std::move(formats), arena_),
@@ -36,11 +37,12 @@ GraphStep::GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec
     stream_.fill(arena_.at(arrivals), 0, arrivals.num_bytes);
     uploader_ = std::make_unique<Uploader>(stream_);
     upload_rope_tables();
+    lifetime_guard_.reset();
 }
 
 GraphStep::~GraphStep() {
     try {
-        device_->activate();
+        lifetime_guard_.emplace(*device_);
         stream_.wait();  // nothing is freed under a running kernel
     } catch (const std::exception&) {
         // A lost device runs nothing, and frees its memory itself.
@@ -70,7 +72,7 @@ void GraphStep::upload(const std::string& name, const std::string& part, std::sp
         throw Error("weights: " + part + " of " + name + " has " + std::to_string(bytes.size()) + " bytes, expected " +
                     std::to_string(place.num_bytes));
     if (!uploader_) throw Error("weights: " + name + " came after the upload was finished");
-    device_->activate();
+    const DeviceGuard guard(*device_);
     uploader_->copy(arena_.at(place), bytes.data(), place.num_bytes);
     uploaded_.emplace(name, part);
 }
@@ -80,24 +82,26 @@ void GraphStep::finish_upload() {
     for (const auto& [name, part] : weights_.parts())
         if (!uploaded_.contains({name, part})) missing += (missing.empty() ? "" : ", ") + name + " (" + part + ")";
     if (!missing.empty()) throw Error("weights: not uploaded: " + missing);
-    device_->activate();
+    const DeviceGuard guard(*device_);
     stream_.wait();
     uploader_.reset();
 }
 
 void GraphStep::poison_cache() {
-    device_->activate();
+    const DeviceGuard guard(*device_);
     for (const Arena::Slice& slice : model_.cache()) stream_.fill(arena_.at(slice), 0xff, slice.num_bytes);
     stream_.wait();
 }
 
 void GraphStep::run(const StepBatch& batch, std::span<float> logits) {
+    const DeviceGuard guard(*device_);
     check(batch, static_cast<int64_t>(logits.size()));
     put_on_stream(batch, {});
     copy_logits(logits);
 }
 
 void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choices) {
+    const DeviceGuard guard(*device_);
     check(batch, batch.num_logits() * options_.limits.vocab_size);
     const auto num_rows = static_cast<int64_t>(choices.size());
     if (num_rows != batch.num_logits())
@@ -116,7 +120,7 @@ void GraphStep::finish(std::span<int32_t> tokens) {
     if (static_cast<int64_t>(tokens.size()) != side.num_rows)
         throw Error("the step has " + std::to_string(side.num_rows) + " rows, asked for " +
                     std::to_string(tokens.size()) + " tokens");
-    device_->activate();
+    const DeviceGuard guard(*device_);
     try {
         side.done.wait();
     } catch (...) {
@@ -129,6 +133,7 @@ void GraphStep::finish(std::span<int32_t> tokens) {
 }
 
 void GraphStep::copy_logits(std::span<float> logits) {
+    const DeviceGuard guard(*device_);
     if (!logits.empty())
         stream_.copy_to_host(logits.data(), arena_.at(model_.rows().logits), static_cast<int64_t>(logits.size_bytes()));
     stream_.wait();
@@ -146,7 +151,6 @@ void GraphStep::check(const StepBatch& batch, int64_t num_logit_values) const {
 
 void GraphStep::put_on_stream(const StepBatch& batch, std::span<const TokenChoice> choices) {
     if (uploader_) throw Error("weights: the upload is not finished");
-    device_->activate();
     const StepShape shape = inputs_.shape(batch, !choices.empty());
     inputs_.fill(batch, choices, shape, next_side_);
     try {

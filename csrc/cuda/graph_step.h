@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -70,6 +71,7 @@ class GraphStep final : public ModelStep {
     void drain();
 
     std::shared_ptr<const Device> device_;
+    std::optional<DeviceGuard> lifetime_guard_;  // while the members below are made, and while they are destroyed
     Options options_;
     CachePlan plan_;
     Arena arena_;

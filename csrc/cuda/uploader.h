@@ -3,7 +3,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
 #include "cuda/device.h"
 
@@ -23,8 +22,9 @@ class Uploader {
 
   private:
     struct Buffer {
-        std::unique_ptr<PinnedMemory> memory;
-        CUevent read = nullptr;  // recorded after the device's last read
+        explicit Buffer(const Device& device);
+        PinnedMemory memory;
+        Event read;  // recorded after the device's last read
     };
 
     Stream& stream_;

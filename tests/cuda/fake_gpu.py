@@ -120,9 +120,6 @@ class FakeGpu:
         finally:
             self._running.set()
 
-    def num_allocations(self) -> int:
-        return int(self.library.fake_num_allocations())
-
     def _run(
         self, symbol: bytes, grid: Any, threads: int, shared_bytes: int, dependent: int, values: Any, num_values: int
     ) -> int:
