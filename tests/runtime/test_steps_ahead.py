@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -46,12 +48,18 @@ def test_what_is_left_to_the_host_is_computed_again(host_every: int) -> None:
         assert_all_free(loop)
 
 
-def test_requests_that_want_more_wait_for_no_token() -> None:
-    """A request for log-probabilities among others: steps with it are read on the host, the others run ahead."""
+def test_no_step_runs_ahead_of_a_request_that_reads_logits() -> None:
+    """It comes while a step is under way whose tokens are not known."""
     groups = two_groups(16)
-    with running(FakeStep(groups), max_step_tokens=16, chooses=True) as loop:
+    step = FakeStep(groups)
+    gate = Gate(step)
+    with running(step, run=gate.run, max_step_tokens=16, chooses=True) as loop:
         plain = loop.submit(greedy(prompt_of(11), 40))
+        gate.go.release(4)
+        for _ in range(5):
+            assert gate.entered.acquire(timeout=10)
         wordy = loop.submit(greedy(prompt_of(7, 1), 5, num_logprobs=2))
+        gate.go.release(1000)
         events = collect(loop, wordy)
         assert ids_of(events) == expected_greedy(prompt_of(7, 1), 5, groups)
         assert all(event.logprob is not None for event in events)
@@ -108,6 +116,24 @@ def test_cancelled_while_two_steps_are_under_way() -> None:
         assert collect(loop, first)[-1].finish_reason == "cancelled"
         assert ids_of(collect(loop, other)) == expected_greedy(prompt_of(14, 1), 20, groups, recurrent=True)
         assert_all_free(loop)
+
+
+def test_a_step_is_finished_though_nobody_is_left() -> None:
+    """Else its error would meet the next request."""
+    step = FakeStep(two_groups(16))
+    gate = Gate(step)
+    with running(step, run=gate.run, max_step_tokens=16, chooses=True) as loop:
+        only = loop.submit(greedy(prompt_of(9), 60))
+        gate.go.release(4)
+        for _ in range(5):
+            assert gate.entered.acquire(timeout=10)
+        loop.cancel(only)
+        gate.go.release(1000)
+        assert collect(loop, only)[-1].finish_reason == "cancelled"
+        deadline = time.monotonic() + 10
+        while loop.stats()["num_steps"] < len(step.steps) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert loop.stats()["num_steps"] == len(step.steps)
 
 
 @pytest.mark.parametrize(
