@@ -93,7 +93,7 @@ def rg_lru_gates_kernel(
         )
     out = gates + place + channel
     tl.store(out, input_sums + tl.load(input_gate_bias + channel), mask=present)
-    out += num_tokens.to(tl.int64) * width
+    out += tl.cast(num_tokens, tl.int64) * width
     tl.store(out, recurrence_sums + tl.load(recurrence_gate_bias + channel), mask=present)
 
 
@@ -132,7 +132,7 @@ def rg_lru_scan_kernel(
         state = tl.load(places)
 
     row = tl.arange(0, CHUNK)[:, None]
-    recurrence_gates = gates + num_tokens.to(tl.int64) * width
+    recurrence_gates = gates + tl.cast(num_tokens, tl.int64) * width
     for first in tl.range(0, count, CHUNK, num_stages=STAGES):
         present = first + row < count
         token = (begin + first + row).to(tl.int64)

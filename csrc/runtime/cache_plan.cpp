@@ -27,7 +27,8 @@ int64_t place_in_states(const CachePlan& plan, int32_t layer, int64_t width, int
     if (!plan.recurrent) throw Error(where + "the cache has no states for recurrent layers");
     const RecurrentStateGroup& group = *plan.recurrent;
     const auto found = std::find(group.layers.begin(), group.layers.end(), layer);
-    if (found == group.layers.end() || group.width != width || group.conv_tail != conv_tail || group.num_slots <= 0)
+    if (found == group.layers.end() || group.width != width || group.conv_tail != conv_tail ||
+        group.num_snapshots < 0 || group.num_slots <= group.num_snapshots)
         throw Error(where + "the cache's states are of other layers, another width or convolution, or there are none");
     return found - group.layers.begin();
 }

@@ -22,6 +22,7 @@ from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.quantize import quantize_weights
 from gemma2_fast.weights.tensor import Tensor
 from tests.support.checkpoints import generator, quantisable_spec, random_weights
+from tests.support.planned_steps import Planner, Sequence, run_of
 from tests.support.tiny_models import tiny_model
 
 NEW_TOKENS = 300
@@ -59,6 +60,35 @@ def test_a_cancelled_sequence_leaves_nothing(one_slot: Generator) -> None:
         next(chunks)
     chunks.close()
     assert np.array_equal(one_slot.logits(prompt(40)), expected)
+
+
+@pytest.mark.parametrize("instruction_set", _core.instruction_sets())
+def test_steps_of_fewer_tokens_than_the_convolution_has_taps(instruction_set: str) -> None:
+    """Eight sequences in three slots, one to three tokens at a time; every other one is given up on its way."""
+    spec, weights = model()
+    options = EngineOptions(instruction_set=instruction_set, num_threads=2, max_seq_len=64, max_step_tokens=16)
+    plan = plan_engine(spec, ("F32",), options)
+
+    def planner() -> Planner:
+        step = cpu_step(plan, weights, core_cache_plan(plan.cache))
+        step.poison_cache()
+        return Planner(run_of(step, spec.vocab_size), plan.cache)
+
+    prompts, whole, pieces = [prompt(13, seed=i) for i in range(8)], planner(), planner()
+    expected = [whole.feed(whole.begin(slot=0), ids, 16) for ids in prompts]
+    rng, waiting = np.random.default_rng(0), list(range(8))
+    running: dict[int, tuple[int, Sequence]] = {}  # slot → prompt and its sequence
+    while waiting or running:
+        for slot in range(3):
+            if slot not in running and waiting:
+                running[slot] = waiting.pop(), pieces.begin(slot)
+        chosen = [work for work in running.values() if rng.random() < 0.7]
+        spans = [(s.num_tokens, min(13, s.num_tokens + int(rng.integers(1, 4)))) for _, s in chosen]
+        work = [(s, prompts[i][first:end]) for (i, s), (first, end) in zip(chosen, spans, strict=True)]
+        found = pieces.step(*work) if work else []
+        for (i, _), (first, end), logits in zip(chosen, spans, found, strict=True):
+            assert np.array_equal(logits, expected[i][first:end]), f"tokens {first} to {end} of prompt {i}"
+        running = {slot: (i, s) for slot, (i, s) in running.items() if s.num_tokens < (13, 5)[i % 2]}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -164,8 +194,18 @@ def core_step(plan_change: Callable[[dict[str, Any]], Any] = lambda _: None, **t
         lambda state: state.update(conv_tail=2),
         lambda state: state.update(layers=[1, 3]),
         lambda state: state.update(num_slots=0),
+        lambda state: state.update(num_snapshots=2),
+        lambda state: state.update(num_snapshots=-1),
     ],
-    ids=["none", "another width", "another convolution", "other layers", "no slots"],
+    ids=[
+        "none",
+        "another width",
+        "another convolution",
+        "other layers",
+        "no slots",
+        "snapshots alone",
+        "less than none",
+    ],
 )
 def test_states_that_do_not_fit(change: Callable[[dict[str, Any]], Any]) -> None:
     core_step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -53,8 +54,8 @@ def core_step(
     return step, plan.cache
 
 
-def cpu_planner(*of_step: object) -> Planner:
-    step, plan = core_step(*of_step)  # type: ignore[arg-type]
+def cpu_planner(format_name: str = "F32", instruction_set: str = "auto", num_threads: int = 1) -> Planner:
+    step, plan = core_step(format_name, instruction_set, num_threads)
     return Planner(run_of(step, model()[0].vocab_size), plan)
 
 
@@ -112,7 +113,7 @@ def test_several_at_once() -> None:
 
 
 @pytest.mark.parametrize("planner_of", [cpu_planner, reference_planner], ids=["cpu", "reference"])
-def test_copies_are_carried_out_in_order(planner_of: type[Planner]) -> None:
+def test_copies_are_carried_out_in_order(planner_of: Callable[[], Planner]) -> None:
     """Within one step: kept, copied on, gone on from, while the first slot is another's."""
     prompt, rest = ids(11, seed=0), ids(6, seed=1)
     expected = straight(planner_of(), prompt, rest, STEP_TOKENS)

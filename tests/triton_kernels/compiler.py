@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -29,6 +29,15 @@ def compile_named(name: str, arch: int) -> Result:
     return Result(
         name, compiled.cubin, compiled.ptx, compiled.entry, compiled.registers, list(build.faults(compiled, True))
     )
+
+
+def compile_with(op: str, arch: int, values: dict[str, int]) -> None:
+    """With values of arguments known, as a launch by Triton itself compiles those that are 1."""
+    from gemma2_fast.triton_kernels import build
+
+    for chosen in build.needed(arch, [op]):
+        types = {name: kind for name, kind in chosen.types.items() if name not in values}
+        build.compile_for(replace(chosen, types=types, constants={**chosen.constants, **values}), arch)
 
 
 def _compile_for_real() -> None:

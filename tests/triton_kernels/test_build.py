@@ -20,7 +20,7 @@ from gemma2_fast.triton_kernels import build
 from gemma2_fast.triton_kernels.build import Compiled, Specialisation
 from gemma2_fast.triton_kernels.manifest import read_manifest
 from gemma2_fast.triton_kernels.tuning import tuned
-from tests.triton_kernels.compiler import Result, compile_named, compilers
+from tests.triton_kernels.compiler import Result, compile_named, compile_with, compilers
 
 
 def largest(op: str, arch: int, **constants: int) -> str:
@@ -182,6 +182,15 @@ def test_splits_meet_behind_a_barrier(compilation: Compilation) -> None:
         stored = before.rpartition("st.global")[2]
         assert "bar.sync" in stored
         assert "ld.global.cg" in after
+
+
+def test_a_launch_of_one_token() -> None:
+    """Where Triton itself launches, an argument that is 1 is a number to its compiler and has no type."""
+    with compilers() as pool:
+        for op, argument in (
+            ("rg_lru_gates", "num_tokens"), ("rg_lru_scan", "num_tokens"), ("rg_lru_step", "num_sequences"),
+        ):  # fmt: skip
+            pool.submit(compile_with, op, FULL, {argument: 1}).result()
 
 
 def run_build(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
