@@ -114,6 +114,19 @@ def test_the_last_few_tokens_of_a_prompt_split_its_keys(
         assert part_sums + 4 * programs * 2 * rows <= arrivals
 
 
+def test_the_layer_with_the_least_room_decides(gpu: FakeGpu, model: TinyModel) -> None:
+    """Six queries are too many for one of the two, so both take tiles."""
+    narrow = [
+        gpu.image(s)
+        for s in gpu.specialisations.values()
+        if s.op != "attention_decode" or s.constants["ROWS"] == 16 or not s.constants["WINDOWED"]
+    ]
+    plan = small_plan(model.spec, max_step_tokens=32)
+    with Loop(gpu_step(gpu, model, plan, kernels=narrow), model, plan) as loop:
+        loop.events(loop.submit([2] * (32 + 6), max_tokens=1))
+    assert ops(attention(gpu.launches, gpu)[-LAYERS:], gpu) == LAYERS * ["attention_prefill"]
+
+
 def test_a_split_has_as_many_keys_as_its_part_has_rows(driver_library: Path, tmp_path: Path) -> None:
     """48 keys: three blocks of sixteen, each a split of a token's; seven tokens are 21 of 32 rows."""
     model = tiny_model("gemma2", tmp_path, head_dim=16, num_hidden_layers=1, sliding_window=48)
