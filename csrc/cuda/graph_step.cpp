@@ -31,12 +31,16 @@ GraphStep::GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec
       chooser_(spec.vocab_size, spec.final_softcap, sizes_of(options).max_logits, *device_, kernels_, arena_),
       inputs_(*device_, plan, sizes_of(options), spec.vocab_size, model_.queries_per_tile(), arena_),
       stream_(*device_) {
+    if (options.allocates) allocate();
+    lifetime_guard_.reset();
+}
+
+void GraphStep::allocate() {
     arena_.allocate(*device_, "weights, cache and activations");
     const Arena::Slice& arrivals = model_.split_scratch().arrivals;
     stream_.fill(arena_.at(arrivals), 0, arrivals.num_bytes);
     uploader_ = std::make_unique<Uploader>(stream_);
     upload_rope_tables();
-    lifetime_guard_.reset();
 }
 
 GraphStep::~GraphStep() {
@@ -70,7 +74,7 @@ void GraphStep::upload(const std::string& name, const std::string& part, std::sp
     if (static_cast<int64_t>(bytes.size()) != place.num_bytes)
         throw Error("weights: " + part + " of " + name + " has " + std::to_string(bytes.size()) + " bytes, expected " +
                     std::to_string(place.num_bytes));
-    if (!uploader_) throw Error("weights: " + name + " came after the upload was finished");
+    if (!uploader_) throw Error("weights: " + name + " came before memory was there or after the upload was finished");
     const DeviceGuard guard(*device_);
     uploader_->copy(arena_.at(place), bytes.data(), place.num_bytes);
     uploaded_.emplace(name, part);
@@ -127,7 +131,7 @@ void GraphStep::check(const StepBatch& batch, int64_t num_logit_values) const {
 }
 
 void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choices, bool chooses) {
-    if (uploader_) throw Error("weights: the upload is not finished");
+    if (uploader_ || !options_.allocates) throw Error("weights: the upload is not finished");
     const StepShape shape = inputs_.shape(batch, chooses);
     inputs_.fill(batch, choices, shape);
     try {

@@ -25,7 +25,7 @@ from gemma2_fast.bench import (
 from gemma2_fast.bench.gpu_card import Card
 from gemma2_fast.bench.gpu_ceilings import GpuCeilings
 from gemma2_fast.bench.gpu_rows import GpuRow, Missing
-from gemma2_fast.engine import engine as gpu_backend
+from gemma2_fast.engine import gpu as gpu_backend
 from gemma2_fast.engine import memory, options
 from gemma2_fast.errors import BackendError
 from gemma2_fast.triton_kernels.specialisation import Specialisation
