@@ -42,7 +42,7 @@ help:
 	@echo 'make cubins    compile the GPU kernels for every architecture, for wheels made after it; needs no GPU'
 	@echo 'make gpu       install into the Python of a machine with an NVIDIA GPU, and test the kernels there; needs no network'
 	@echo 'make bench     measure this machine, the operations and the demo model, and draw the figures'
-	@echo 'make gpu-bench PART=ops|2b|9b|27b|prefill|peers   measure on an NVIDIA GPU, with GPU_PYTHON (bench/README.md)'
+	@echo 'make gpu-bench PART=ops|2b|9b|27b|recurrentgemma|prefill|peers   measure on an NVIDIA GPU, with GPU_PYTHON (bench/README.md)'
 	@echo 'make peers     install the engines that gemma2-fast bench peers compares with (bench/README.md)'
 	@echo 'make clean     remove everything that make made'
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma2_fast.bench import flat, gpu_rows, plots
+from gemma2_fast.bench import flat, plots
 from gemma2_fast.bench.command import main
+from gemma2_fast.bench.gpu import rows as gpu_rows
 from gemma2_fast.bench.record import Row, read_record
 
 Record = dict[str, Any]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -11,13 +12,29 @@ import triton.language as tl
 
 from gemma2_fast.triton_kernels.numerics import LOG2_E, tanh
 from gemma2_fast.triton_kernels.specialisation import Specialisation
-from gemma2_fast.triton_kernels.tuning import tuned
+from gemma2_fast.triton_kernels.tuning import Tuned
 
 # Of a wider cap the weights, up to 2^(cap log2 e), would not fit float32 sums; the largest of any Gemma is 50.
 WIDEST_CAP = 55.0
 PAGE_TOKENS = 64  # P on a GPU: a page of one kv head is one run of 16 or 32 KB
 # Head dim and query heads a kv head, of Gemma 1 to 3 and RecurrentGemma.
 HEAD_SHAPES = ((256, 1), (256, 2), (256, 4), (256, 8), (256, 10), (256, 16), (128, 2))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a kernel is compiled for."""
+
+    head_dim: int
+    group: int
+    capped: bool
+    windowed: bool
+
+
+ALL_HEADS = tuple(
+    Heads(*shape, capped, windowed)
+    for shape, capped, windowed in itertools.product(HEAD_SHAPES, (False, True), (False, True))
+)
 
 
 @triton.jit
@@ -47,25 +64,26 @@ def checked_cap(cap: float | None) -> float:
     return 1.0 if cap is None else cap
 
 
-def attention_specialisations(op: str, kernel: Any, types: Mapping[str, str], arch: int) -> Iterator[Specialisation]:
+def attention_specialisation(
+    op: str, kernel: Any, types: Mapping[str, str], heads: Heads, sizes: Tuned
+) -> Specialisation:
     """`types`: of the arguments that the other kernel does not have."""
-    for (head_dim, group), capped, windowed in itertools.product(HEAD_SHAPES, (False, True), (False, True)):
-        sizes = tuned(op, arch, head_dim=head_dim)
-        yield Specialisation(
-            op=op,
-            kernel=kernel,
-            types={
-                **dict.fromkeys(("queries", "pages", "out"), "*bf16"),
-                **dict.fromkeys(("block_table", "first_token", "context_tokens"), "*i32"),
-                **dict.fromkeys(("num_kv_heads", "table_width", "query_stride", "out_stride", "window"), "i32"),
-                **dict.fromkeys(("scale", "cap"), "fp32"),
-                **types,
-            },
-            constants={
-                **{"CAPPED": capped, "WINDOWED": windowed, "GROUP": group, "HEAD_DIM": head_dim, "PAGE": PAGE_TOKENS},
-                **sizes.constants,
-            },
-            divisible=frozenset({"query_stride", "out_stride"}),
-            num_warps=sizes.num_warps,
-            num_stages=sizes.num_stages,
-        )
+    return Specialisation(
+        op=op,
+        kernel=kernel,
+        types={
+            **dict.fromkeys(("queries", "pages", "out"), "*bf16"),
+            **dict.fromkeys(("block_table", "first_token", "context_tokens"), "*i32"),
+            **dict.fromkeys(("num_kv_heads", "table_width", "query_stride", "out_stride", "window"), "i32"),
+            **dict.fromkeys(("scale", "cap"), "fp32"),
+            **types,
+        },
+        constants={
+            **{"CAPPED": heads.capped, "WINDOWED": heads.windowed, "GROUP": heads.group},
+            **{"HEAD_DIM": heads.head_dim, "PAGE": PAGE_TOKENS},
+            **sizes.constants,
+        },
+        divisible=frozenset({"query_stride", "out_stride"}),
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+    )

@@ -13,9 +13,63 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gemma2_fast.triton_kernels.attention_common import attention_specialisations, checked_cap, weigh
+from gemma2_fast.triton_kernels.attention_common import ALL_HEADS, Heads, attention_specialisation, checked_cap, weigh
 from gemma2_fast.triton_kernels.dependent_launch import wait_for_predecessor
 from gemma2_fast.triton_kernels.specialisation import Specialisation
+from gemma2_fast.triton_kernels.tuning import tuned
+
+FEWEST_ROWS = 16  # of a product on the matrix units
+MOST_QUERIES = 8  # of a sequence, whatever its group: a token and seven guesses to be verified
+# What models have whose groups are too large for so many queries in FEWEST_ROWS.
+LARGE_GROUPS = (
+    *(Heads(256, 4, capped=False, windowed=windowed) for windowed in (False, True)),  # Gemma 3 of 270M and 1B
+    Heads(256, 8, capped=False, windowed=False),  # Gemma 1 2B
+    *(Heads(256, group, capped=False, windowed=True) for group in (10, 16)),  # RecurrentGemma 2B and 9B
+)
+
+
+@triton.jit
+def _add_up(
+    parts, part_sums, first_part, num_splits, row, present,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Sums and denominators of these rows, of all splits in their order."""
+    dims = tl.arange(0, HEAD_DIM)
+    sums = tl.zeros([row.shape[0], HEAD_DIM], tl.float32)
+    denominator = tl.zeros([row.shape[0]], tl.float32)
+    maximum = tl.full([row.shape[0]], float("-inf"), tl.float32)
+    for index in range(num_splits):
+        # Past the first-level cache, which may hold what was there before.
+        part = parts + ((first_part + index) * ROWS + row)[:, None] * HEAD_DIM + dims[None, :]
+        of_part = part_sums + (first_part + index) * (2 * ROWS) + row
+        added = tl.load(part, mask=present[:, None], other=0.0, cache_modifier=".cg")
+        added_denominator = tl.load(of_part, cache_modifier=".cg")
+        if CAPPED:
+            sums += added
+            denominator += added_denominator
+        else:
+            added_maximum = tl.load(of_part + ROWS, cache_modifier=".cg")
+            highest = tl.maximum(maximum, added_maximum)
+            reference = tl.where(highest == float("-inf"), 0.0, highest)
+            decay, growth = tl.exp2(maximum - reference), tl.exp2(added_maximum - reference)
+            sums = sums * decay[:, None] + added * growth[:, None]
+            denominator = denominator * decay + added_denominator * growth
+            maximum = highest
+    return sums, denominator
+
+
+@triton.jit
+def _store(
+    out, out_stride, sums, denominator, row, begin, num_queries, kv_head, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Rows of a query and a head each, of the queries that there are."""
+    query = row // GROUP
+    present = query < num_queries
+    denominator = tl.where(present, denominator, 1.0)
+    token = (begin + query).to(tl.int64)
+    head = (kv_head * GROUP + row % GROUP) * HEAD_DIM
+    places = out + (token * out_stride + head)[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(places, (sums / denominator[:, None]).to(out.dtype.element_ty), mask=present[:, None])
 
 
 @triton.jit
@@ -27,11 +81,13 @@ def attention_decode_kernel(
 ):  # fmt: skip
     """out[t, h] = sum over s of softmax(mask(cap(scale * queries[t, h] . key[s]))) * value[s].
 
-    As attention_prefill_kernel, for sequences of at most ROWS / GROUP queries. parts [S, K, splits, ROWS, D] and
-    part_sums [S, K, splits, 2, ROWS] are float32 scratch; arrivals [S, K] int32 is zero before and after.
-    Grid: (splits, K, S).
+    As attention_prefill_kernel, for the first S sequences, of at most ROWS / GROUP queries each. parts
+    [S, K, splits, ROWS, D] and part_sums [S, K, splits, 2, ROWS] are float32 scratch; arrivals [S, K] int32 is zero
+    before and after. Grid: (splits, K, S).
     """
     tl.static_assert(PAGE % BLOCK == 0, "a block of keys must not cross pages")
+    tl.static_assert(ROWS >= GROUP, "a program must hold the heads of a query")
+    ADDED_ROWS: tl.constexpr = min(ROWS, 64)  # at once: registers hold their sums so far and those of a part
     wait_for_predecessor(DEPENDENT)
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -91,10 +147,8 @@ def attention_decode_kernel(
             sums = sums * decay[:, None]
         sums = tl.dot(weights.to(value.dtype), value, sums)
 
-    places = out + (token * out_stride + head)[:, None] + dims[None, :]
     if num_splits == 1:
-        denominator = tl.where(present, denominator, 1.0)
-        tl.store(places, (sums / denominator[:, None]).to(out.dtype.element_ty), mask=present[:, None])
+        _store(out, out_stride, sums, denominator, row, begin, num_queries, kv_head, GROUP, HEAD_DIM)
         return
     pair = sequence * num_kv_heads + kv_head
     first_part = pair.to(tl.int64) * splits
@@ -107,28 +161,12 @@ def attention_decode_kernel(
     if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") != num_splits - 1:
         return
     tl.store(arrivals + pair, 0)
-    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    denominator = tl.zeros([ROWS], tl.float32)
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    for index in range(num_splits):
-        # Past the first-level cache, which may hold what was there before.
-        part = parts + ((first_part + index) * ROWS + row)[:, None] * HEAD_DIM + dims[None, :]
-        of_part = part_sums + (first_part + index) * (2 * ROWS) + row
-        added = tl.load(part, mask=present[:, None], other=0.0, cache_modifier=".cg")
-        added_denominator = tl.load(of_part, cache_modifier=".cg")
-        if CAPPED:
-            sums += added
-            denominator += added_denominator
-        else:
-            added_maximum = tl.load(of_part + ROWS, cache_modifier=".cg")
-            highest = tl.maximum(maximum, added_maximum)
-            reference = tl.where(highest == float("-inf"), 0.0, highest)
-            decay, growth = tl.exp2(maximum - reference), tl.exp2(added_maximum - reference)
-            sums = sums * decay[:, None] + added * growth[:, None]
-            denominator = denominator * decay + added_denominator * growth
-            maximum = highest
-    denominator = tl.where(present, denominator, 1.0)
-    tl.store(places, (sums / denominator[:, None]).to(out.dtype.element_ty), mask=present[:, None])
+    for first_row in range(0, ROWS, ADDED_ROWS):
+        rows = first_row + tl.arange(0, ADDED_ROWS)
+        whole, weight = _add_up(
+            parts, part_sums, first_part, num_splits, rows, rows // GROUP < num_queries, CAPPED, ROWS, HEAD_DIM
+        )
+        _store(out, out_stride, whole, weight, rows, begin, num_queries, kv_head, GROUP, HEAD_DIM)
 
 
 def attention_decode(
@@ -138,7 +176,7 @@ def attention_decode(
 ) -> None:  # fmt: skip
     """queries, out [T, H, D]; pages [N, 2, K, P, D]; block_table [S, table_width], first_token [S + 1] and
     context_tokens [S] int32; parts [S, K, splits, rows, D] and part_sums [S, K, splits, 2, rows] float32; arrivals
-    [S, K] int32, zero; rows: at least 16, a power of two, and G times the queries of any sequence."""
+    [S, K] int32, zero; rows: rows_for the queries of any sequence. Tokens of further sequences are left alone."""
     _, heads, head_dim = queries.shape
     _, _, num_kv_heads, page, _ = pages.shape
     num_sequences, _, splits, rows, _ = parts.shape
@@ -151,6 +189,23 @@ def attention_decode(
     )  # fmt: skip
 
 
+def rows_for(group: int, num_queries: int) -> int:
+    """Of a program that has room for so many queries of a sequence. ValueError where none has."""
+    if group * num_queries <= FEWEST_ROWS:
+        return FEWEST_ROWS
+    if num_queries > MOST_QUERIES:
+        most = max(MOST_QUERIES, FEWEST_ROWS // group)
+        raise ValueError(
+            f"attention_decode: at most {most} queries a sequence, a kv head having {group} query heads; got "
+            f"{num_queries}: use attention_prefill"
+        )
+    return int(triton.next_power_of_2(group * MOST_QUERIES))
+
+
 def specialisations(arch: int) -> Iterator[Specialisation]:
     scratch = {"parts": "*fp32", "part_sums": "*fp32", "arrivals": "*i32"}
-    return attention_specialisations("attention_decode", attention_decode_kernel, scratch, arch)
+    cases = [(heads, FEWEST_ROWS) for heads in ALL_HEADS]
+    cases += [(heads, rows_for(heads.group, MOST_QUERIES)) for heads in LARGE_GROUPS]
+    for heads, rows in cases:
+        sizes = tuned("attention_decode", arch, head_dim=heads.head_dim, ROWS=rows)
+        yield attention_specialisation("attention_decode", attention_decode_kernel, scratch, heads, sizes)

@@ -16,8 +16,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gemma2_fast.triton_kernels.attention_common import attention_specialisations, checked_cap, weigh
+from gemma2_fast.triton_kernels.attention_common import ALL_HEADS, attention_specialisation, checked_cap, weigh
 from gemma2_fast.triton_kernels.specialisation import Specialisation
+from gemma2_fast.triton_kernels.tuning import tuned
 
 
 @triton.jit
@@ -157,4 +158,6 @@ def attention_prefill(
 
 
 def specialisations(arch: int) -> Iterator[Specialisation]:
-    return attention_specialisations("attention_prefill", attention_prefill_kernel, {"tiles": "*i32"}, arch)
+    for heads in ALL_HEADS:
+        sizes = tuned("attention_prefill", arch, head_dim=heads.head_dim)
+        yield attention_specialisation("attention_prefill", attention_prefill_kernel, {"tiles": "*i32"}, heads, sizes)

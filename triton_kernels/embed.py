@@ -24,19 +24,22 @@ from gemma2_fast.triton_kernels.weight_formats import (
 
 @triton.jit
 def embed_kernel(
-    token_ids, table, scales, factors, out, width, scale,
+    token_ids, chosen, table, scales, factors, out, width, scale,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """out[t] = table[token_ids[t]] * scale, in float32.
 
-    token_ids [T]; table [V, E], E = width, scales and factors as FORMAT has them (weight_formats.py); out [T, E]
-    float32. Grid: (T, E / BLOCK, rounded up).
+    token_ids [T]; chosen [L]: tokens that the step before chose, where -1 - l among the ids means row l. A negative
+    number there, where it chose none, counts as token 0: nobody reads the result. table [V, E], E = width, scales and
+    factors as FORMAT has them (weight_formats.py); out [T, E] float32. Grid: (T, E / BLOCK, rounded up).
     """
     wait_for_predecessor(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    row = tl.load(token_ids + token).to(tl.int64)
+    token_id = tl.load(token_ids + token)
+    token_id = tl.load(chosen - 1 - token_id, mask=token_id < 0, other=token_id)
+    row = tl.maximum(token_id, 0).to(tl.int64)
     of_group = row * tl.cdiv(width, GROUP) + column // GROUP
     if FORMAT == INT4:
         HALF: tl.constexpr = GROUP // 2
@@ -52,12 +55,14 @@ def embed_kernel(
 
 
 def embed(
-    token_ids: Any, table: Any, scale: float, out: Any, scales: Any = None, factors: Any = None, block: int = 1024
+    token_ids: Any, table: Any, scale: float, out: Any, scales: Any = None, factors: Any = None, chosen: Any = None,
+    block: int = 1024,
 ) -> None:  # fmt: skip
-    """token_ids [T] int32; table, scales and factors (weight_formats.py) of [V, E]; out [T, E] float32."""
+    """token_ids [T], chosen [L] int32; table, scales and factors (weight_formats.py) of [V, E]; out [T, E] float32."""
     tokens, width = out.shape
     embed_kernel[(tokens, triton.cdiv(width, block))](
-        token_ids, table, table if scales is None else scales, table if factors is None else factors, out, width, scale,
+        token_ids, token_ids if chosen is None else chosen, table, table if scales is None else scales,
+        table if factors is None else factors, out, width, scale,
         FORMAT=format_of(scales, factors), GROUP=GROUP_COLS, BLOCK=block,
     )  # fmt: skip
 
@@ -68,7 +73,8 @@ def specialisations(arch: int) -> Iterator[Specialisation]:
             op="embed",
             kernel=embed_kernel,
             types={
-                **{"token_ids": "*i32", "table": WEIGHT_TYPES[code], "scales": SCALE_TYPE, "factors": FACTOR_TYPE},
+                **dict.fromkeys(("token_ids", "chosen"), "*i32"),
+                **{"table": WEIGHT_TYPES[code], "scales": SCALE_TYPE, "factors": FACTOR_TYPE},
                 **{"out": "*fp32", "width": "i32", "scale": "fp32"},
             },
             constants={"FORMAT": code, "GROUP": GROUP_COLS, "BLOCK": 1024},

@@ -26,8 +26,9 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
 
 
 def tuned(op: str, arch: int, **shape: int) -> Tuned:
-    """Of the first row for this processor and shape. ValueError where there is none."""
+    """Of the first row for this processor and shape, which may name constants. ValueError where there is none."""
     for row in _rows().get(op, []):
-        if arch in row["archs"] and all(row[key] == value for key, value in shape.items()):
+        known = {**row, **row["constants"]}
+        if arch in row["archs"] and all(known[key] == value for key, value in shape.items()):
             return Tuned(dict(row["constants"]), row["num_warps"], row["num_stages"])
     raise ValueError(f"tuning.json has no {op} for sm_{arch} and {shape}")

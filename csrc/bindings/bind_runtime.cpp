@@ -199,12 +199,13 @@ void bind_plan(py::module_& module) {
         .def_readonly("table_width", &PagedKvGroup::table_width);
 
     py::class_<RecurrentStateGroup>(module, "RecurrentStateGroup")
-        .def(py::init<std::vector<int32_t>, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("layers"),
-             py::arg("width"), py::arg("conv_tail"), py::arg("num_slots"))
+        .def(py::init<std::vector<int32_t>, int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("layers"),
+             py::arg("width"), py::arg("conv_tail"), py::arg("num_slots"), py::arg("num_snapshots") = 0)
         .def_readonly("layers", &RecurrentStateGroup::layers)
         .def_readonly("width", &RecurrentStateGroup::width)
         .def_readonly("conv_tail", &RecurrentStateGroup::conv_tail)
-        .def_readonly("num_slots", &RecurrentStateGroup::num_slots);
+        .def_readonly("num_slots", &RecurrentStateGroup::num_slots)
+        .def_readonly("num_snapshots", &RecurrentStateGroup::num_snapshots);
 
     py::class_<CachePlan>(module, "CachePlan")
         .def(py::init<int64_t, std::vector<PagedKvGroup>, std::optional<RecurrentStateGroup>>(), py::kw_only(),
@@ -234,7 +235,12 @@ void bind_request(py::module_& module) {
              py::arg("presence_penalty") = plain.presence_penalty,
              py::arg("frequency_penalty") = plain.frequency_penalty, py::arg("logit_bias") = py::tuple(),
              py::arg("seed") = plain.seed, py::arg("min_tokens") = plain.min_tokens,
-             py::arg("stop_token_ids") = py::tuple());
+             py::arg("stop_token_ids") = py::tuple())
+        .def_readonly("temperature", &SamplingParams::temperature)
+        .def_readonly("top_k", &SamplingParams::top_k)
+        .def_readonly("top_p", &SamplingParams::top_p)
+        .def_readonly("min_p", &SamplingParams::min_p)
+        .def_readonly("seed", &SamplingParams::seed);
 
     py::class_<Request>(module, "Request")
         .def(py::init(&make_request), py::kw_only(), py::arg("token_ids"), py::arg("sampling"),
@@ -287,7 +293,6 @@ void bind_runtime(py::module_& module) {
     bind_plan(module);
     bind_request(module);
     bind_events(module);
-    py::class_<ModelStep, std::shared_ptr<ModelStep>>(module, "ModelStep", "What a backend is to the decode loop.");
     bind_callback_step(module);
     bind_loop(module);
 }

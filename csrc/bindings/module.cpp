@@ -11,6 +11,7 @@ PYBIND11_MODULE(_core, module) {
     gemma2_fast::bind_ops(module);
     gemma2_fast::bind_recurrent_ops(module);
     gemma2_fast::bind_quantize(module);
+    gemma2_fast::bind_model_step(module);
     gemma2_fast::bind_runtime(module);
     gemma2_fast::bind_model(module);
     gemma2_fast::bind_cuda(module);

@@ -120,6 +120,7 @@ CpuStep::CpuStep(const ModelSpec& spec, ModelWeights weights, const CachePlan& p
 void CpuStep::run(const StepBatch& batch, std::span<float> logits) {
     check_batch(batch, plan_, {options_.max_step_tokens, options_.max_logits_rows, model_.spec.vocab_size},
                 static_cast<int64_t>(logits.size()));
+    if (recurrent_mixer_) recurrent_mixer_->copy_states(batch.state_copies);
     embed(batch);
     compute_rope_tables(batch);
     for (const CpuLayer& layer : model_.layers) {

@@ -22,16 +22,22 @@ RecurrentMixer::RecurrentMixer(const Kernels& kernels, const RecurrentStateGroup
                                int num_threads, int64_t max_step_tokens)
     : kernels_(kernels),
       group_(group),
+      layer_floats_((1 + group.conv_tail) * group.width),
+      slot_floats_(static_cast<int64_t>(group.layers.size()) * layer_floats_),
       matmul_scratch_floats_(divide_up(kernels.matmul_scratch_floats(most_block_width), 16) * 16),
       scratch_floats_(matmul_scratch_floats_ + 2 * kTokensAtOnce * kChannelsPerTask),
-      states_(
-          floats(static_cast<int64_t>(group.layers.size()) * group.num_slots * (1 + group.conv_tail) * group.width)),
+      states_(floats(group.num_slots * slot_floats_)),
       inputs_(floats(max_step_tokens * group.width)),
       gates_(floats(max_step_tokens * group.width)),
       conv_(floats(max_step_tokens * group.width)),
       scratch_(floats(num_threads * scratch_floats_)) {}
 
 void RecurrentMixer::poison() { std::memset(states_.data(), 0xff, states_.size() * sizeof(float)); }
+
+void RecurrentMixer::copy_states(std::span<const StateCopy> copies) {
+    for (const auto& [from, to] : copies)
+        std::copy_n(states_.data() + from * slot_floats_, slot_floats_, states_.data() + to * slot_floats_);
+}
 
 const float* RecurrentMixer::run(const CpuRecurrent& layer, const StepBatch& batch, ThreadPool& threads) {
     const int64_t num_blocks = layer.spec.num_gate_blocks, block_width = group_.width / num_blocks;
@@ -126,8 +132,7 @@ void RecurrentMixer::advance(const CpuRecurrent& layer, const StepBatch& batch, 
 }
 
 float* RecurrentMixer::state(const CpuRecurrent& layer, int32_t slot) {
-    const int64_t index = layer.group_layer * group_.num_slots + slot;
-    return states_.data() + index * (1 + group_.conv_tail) * group_.width;
+    return states_.data() + slot * slot_floats_ + layer.group_layer * layer_floats_;
 }
 
 }  // namespace gemma2_fast

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "base/aligned_buffer.h"
@@ -20,6 +21,7 @@ class RecurrentMixer {
                    int64_t max_step_tokens);
 
     void poison();  // fills every state with NaN
+    void copy_states(std::span<const StateCopy> copies);
 
     // Where a layer's linear_x and linear_y put their rows [T, R].
     float* inputs() { return inputs_.data(); }
@@ -44,8 +46,9 @@ class RecurrentMixer {
 
     const Kernels& kernels_;
     RecurrentStateGroup group_;
+    int64_t layer_floats_, slot_floats_;  // of one sequence's state
     int64_t matmul_scratch_floats_, scratch_floats_;
-    AlignedBuffer<float> states_;   // [layers, slots, 1 + conv_tail, R]
+    AlignedBuffer<float> states_;   // [slots, layers, 1 + conv_tail, R]
     AlignedBuffer<float> inputs_;   // [T, R]: linear_x's rows, then the recurrence's
     AlignedBuffer<float> gates_;    // [T, R]
     AlignedBuffer<float> conv_;     // [blocks, T, R / blocks]

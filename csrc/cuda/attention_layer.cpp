@@ -50,7 +50,8 @@ AttentionLayer::AttentionLayer(const AttentionSpec& spec, const std::string& pre
                       {"WINDOWED", spec.window_keys.has_value()},
                       {"GROUP", spec.num_query_heads / spec.num_kv_heads}});
     rope_ = &kernels.find("rope", turned);
-    decode_ = &kernels.find("attention_decode", attention);
+    decode_ = kernels.find_all("attention_decode", attention);
+    std::ranges::sort(decode_, {}, [](const Kernel* kernel) { return kernel->constant("ROWS"); });
     prefill_ = &kernels.find("attention_prefill", attention);
 }
 
@@ -61,7 +62,10 @@ void AttentionLayer::join(std::size_t group_index, int64_t table_width, Arena::S
     rope_tables_ = rope;
 }
 
-int64_t AttentionLayer::queries_per_tile() const { return prefill_->constant("TILE") / prefill_->constant("GROUP"); }
+QueryRoom AttentionLayer::query_room() const {
+    const int64_t group = prefill_->constant("GROUP");
+    return {.tile = prefill_->constant("TILE") / group, .split = decode_rows() / group};
+}
 
 void AttentionLayer::enqueue(const StepContext& step, const SplitScratch& scratch, float norm_epsilon) const {
     const int64_t num_tokens = step.shape.num_tokens;
@@ -109,19 +113,29 @@ void AttentionLayer::attend(const StepContext& step, const SplitScratch& scratch
         {"part_sums", step.at(scratch.part_sums)},
         {"arrivals", step.at(scratch.arrivals)},
     };
-    if (step.shape.decode_keys)
-        decode_->launch(step.stream,
-                        {.x = num_splits(step.shape, scratch), .y = spec_.num_kv_heads, .z = step.shape.num_sequences},
-                        arguments);
-    else
+    const SplitSequences& split = step.shape.split;
+    if (split.number > 0)
+        decode_kernel(split.queries)
+            .launch(step.stream, {.x = num_splits(split, scratch), .y = spec_.num_kv_heads, .z = split.number},
+                    arguments);
+    if (step.shape.num_tiles > 0)
         prefill_->launch(step.stream, {.x = step.shape.num_tiles, .y = spec_.num_kv_heads}, arguments);
 }
 
-// As many as fill the processors, but none that would have less than a block of keys.
-int64_t AttentionLayer::num_splits(const StepShape& shape, const SplitScratch& scratch) const {
-    const int64_t filling = scratch.num_programs / (spec_.num_kv_heads * shape.num_sequences);
-    const int64_t keys = std::min(*shape.decode_keys, spec_.window_keys.value_or(*shape.decode_keys));
-    return std::clamp<int64_t>(filling, 1, divide_up(keys, decode_->constant("BLOCK")));
+// The one with fewest rows that has room for so many queries of a sequence; query_room promised that there is one.
+const Kernel& AttentionLayer::decode_kernel(int64_t num_queries) const {
+    const int64_t rows = num_queries * prefill_->constant("GROUP");
+    return **std::ranges::find_if(decode_, [&](const Kernel* kernel) { return kernel->constant("ROWS") >= rows; });
+}
+
+// As many as fill the processors, but none that would have less than a block of keys, or whose part would be larger
+// than the keys and values that it is the sum of.
+int64_t AttentionLayer::num_splits(const SplitSequences& split, const SplitScratch& scratch) const {
+    const int64_t filling = scratch.num_programs / (spec_.num_kv_heads * split.number);
+    const int64_t keys = std::min(split.keys, spec_.window_keys.value_or(split.keys));
+    const Kernel& kernel = decode_kernel(split.queries);
+    const int64_t fewest_keys = std::max(kernel.constant("BLOCK"), kernel.constant("ROWS"));
+    return std::clamp<int64_t>(filling, 1, divide_up(keys, fewest_keys));
 }
 
 }  // namespace gemma2_fast

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cuda/device_weights.h"
 #include "cuda/launch_sizes.h"
@@ -39,20 +40,22 @@ class AttentionLayer {
     void enqueue(const StepContext& step, const SplitScratch& scratch, float norm_epsilon) const;
 
     const AttentionSpec& spec() const { return spec_; }
-    int64_t queries_per_tile() const;
-    int64_t decode_rows() const { return decode_->constant("ROWS"); }
+    QueryRoom query_room() const;
+    int64_t decode_rows() const { return decode_.back()->constant("ROWS"); }  // of a program with most of them
     int64_t mixed_width() const { return qkv_.matrix().rows; }
     int64_t attended_width() const { return output_.matrix().cols; }
 
   private:
     void rotate_and_store(const StepContext& step, float norm_epsilon) const;
     void attend(const StepContext& step, const SplitScratch& scratch) const;
-    int64_t num_splits(const StepShape& shape, const SplitScratch& scratch) const;
+    const Kernel& decode_kernel(int64_t num_queries) const;
+    int64_t num_splits(const SplitSequences& split, const SplitScratch& scratch) const;
 
     AttentionSpec spec_;
     Product qkv_, output_;  // rows of queries, then keys, then values
     std::optional<Arena::Slice> query_gain_, key_gain_;
-    const Kernel *rope_, *decode_, *prefill_;
+    const Kernel *rope_, *prefill_;
+    std::vector<const Kernel*> decode_;  // the same with room for more and more rows
     std::size_t group_index_ = 0;
     int64_t table_width_ = 0;
     Arena::Slice pages_;

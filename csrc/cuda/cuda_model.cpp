@@ -118,22 +118,31 @@ void CudaModel::reserve_rows(int num_multiprocessors, Arena& arena) {
              .attended = arena.reserve(tokens * attended * kBF16Bytes),
              .gate_up = arena.reserve(tokens * 2 * mlp * kBF16Bytes),
              .hidden = arena.reserve(tokens * mlp * kBF16Bytes),
-             .logits = arena.reserve(sizes_.max_logits * spec_.vocab_size * kF32Bytes)};
+             .logits = arena.reserve(sizes_.max_logits * spec_.vocab_size * kF32Bytes),
+             .chosen = arena.reserve(sizes_.max_logits * kI32Bytes)};
     split_scratch_ = SplitScratch::reserve(arena, sizes_.max_sequences, kv_heads, rows, head_dim, num_multiprocessors);
     recurrent_scratch_ = RecurrentScratch::reserve(arena, tokens, recurrent_width);
 }
 
-int64_t CudaModel::queries_per_tile() const {
-    std::optional<int64_t> queries;
+QueryRoom CudaModel::query_room() const {
+    std::optional<QueryRoom> room;
     for (const CudaLayer& layer : layers_) {
         const auto* attention = std::get_if<AttentionLayer>(&layer.mixer);
         if (!attention) continue;
-        if (queries.value_or(attention->queries_per_tile()) != attention->queries_per_tile())
+        const QueryRoom own = attention->query_room(), shared = room.value_or(own);
+        if (own.tile != shared.tile)
             throw BackendError("attention layers of one model must share a number of queries a tile, found " +
-                               std::to_string(*queries) + " and " + std::to_string(attention->queries_per_tile()));
-        queries = attention->queries_per_tile();
+                               std::to_string(shared.tile) + " and " + std::to_string(own.tile));
+        room = {.tile = own.tile, .split = std::min(own.split, shared.split)};
     }
-    return queries.value_or(sizes_.max_tokens);
+    return room.value_or(QueryRoom{.tile = sizes_.max_tokens, .split = 0});
+}
+
+void CudaModel::copy_states(std::span<const StateCopy> copies, const Arena& arena, Stream& stream) const {
+    for (const StateCopy slots : copies)
+        for (const CudaLayer& layer : layers_)
+            if (const auto* recurrent = std::get_if<RecurrentLayer>(&layer.mixer))
+                recurrent->copy_state(slots, arena, stream);
 }
 
 void CudaModel::enqueue(const StepContext& step) const {
@@ -159,6 +168,7 @@ void CudaModel::embed(const StepContext& step) const {
     embed_->launch(step.stream,
                    {.x = step.shape.num_tokens, .y = divide_up(spec_.model_width, embed_->constant("BLOCK"))},
                    {{"token_ids", step.inputs.token_ids},
+                    {"chosen", step.at(step.rows.chosen)},
                     {"table", step.at(table.weight)},
                     {"scales", step.at(table.scales)},
                     {"factors", step.at(table.factors)},

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <variant>
 #include <vector>
 
@@ -31,6 +32,7 @@ class CudaModel {
     CudaModel(const ModelSpec& spec, const CachePlan& plan, const StepSizes& sizes, int num_multiprocessors,
               KernelSet& kernels, DeviceWeights& weights, Arena& arena);
 
+    void copy_states(std::span<const StateCopy> copies, const Arena& arena, Stream& stream) const;
     // Puts a whole forward pass on the step's stream.
     void enqueue(const StepContext& step) const;
 
@@ -42,7 +44,7 @@ class CudaModel {
     const std::vector<Arena::Slice>& cache() const { return cache_; }  // pages and states
     const SplitScratch& split_scratch() const { return split_scratch_; }
     const StepRows& rows() const { return rows_; }
-    int64_t queries_per_tile() const;
+    QueryRoom query_room() const;
 
   private:
     int64_t norm_block() const;

@@ -63,13 +63,17 @@ PinnedMemory::PinnedMemory(const Device& device, int64_t num_bytes, const std::s
 
 PinnedMemory::~PinnedMemory() { device_.driver().cuMemFreeHost(data_); }
 
+Graph::~Graph() { device_.driver().cuGraphExecDestroy(executable_); }
+
 Event::Event(const Device& device) : device_(device) {
     device.driver().check(device.driver().cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "making an event");
 }
 
 Event::~Event() { device_.driver().cuEventDestroy_v2(event_); }
 
-Graph::~Graph() { device_.driver().cuGraphExecDestroy(executable_); }
+void Event::wait() const {
+    device_.driver().check(device_.driver().cuEventSynchronize(event_), "waiting for the device");
+}
 
 Stream::Stream(const Device& device) : device_(device) {
     device.driver().check(device.driver().cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "making a stream");
@@ -87,6 +91,12 @@ void Stream::copy_to_host(void* target, CUdeviceptr source, int64_t num_bytes) {
     const Driver& driver = device_.driver();
     driver.check(driver.cuMemcpyDtoHAsync_v2(target, source, static_cast<std::size_t>(num_bytes), stream_),
                  "copying " + std::to_string(num_bytes) + " bytes from the device");
+}
+
+void Stream::copy_on_device(CUdeviceptr target, CUdeviceptr source, int64_t num_bytes) {
+    const Driver& driver = device_.driver();
+    driver.check(driver.cuMemcpyDtoDAsync_v2(target, source, static_cast<std::size_t>(num_bytes), stream_),
+                 "copying " + std::to_string(num_bytes) + " bytes on the device");
 }
 
 void Stream::fill(CUdeviceptr target, uint8_t value, int64_t num_bytes) {
@@ -117,6 +127,10 @@ CUgraphExec Stream::capture(FunctionRef<void()> enqueue) {
 void Stream::launch(const Graph& graph) {
     const Driver& driver = device_.driver();
     driver.check(driver.cuGraphLaunch(graph.executable(), stream_), "launching a graph");
+}
+
+void Stream::record(const Event& event) {
+    device_.driver().check(device_.driver().cuEventRecord(event.handle(), stream_), "recording an event");
 }
 
 void Stream::wait() { device_.driver().check(device_.driver().cuStreamSynchronize(stream_), "waiting for the device"); }

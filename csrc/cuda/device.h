@@ -78,20 +78,6 @@ class PinnedMemory {
     void* data_ = nullptr;
 };
 
-// A place in a queue of work that can be waited for.
-class Event {
-  public:
-    explicit Event(const Device& device);
-    ~Event();
-    Event(const Event&) = delete;
-    Event& operator=(const Event&) = delete;
-    CUevent handle() const { return event_; }
-
-  private:
-    const Device& device_;
-    CUevent event_ = nullptr;
-};
-
 // Work recorded once and replayed whole.
 class Graph {
   public:
@@ -106,6 +92,21 @@ class Graph {
     CUgraphExec executable_;
 };
 
+// A place in a stream.
+class Event {
+  public:
+    explicit Event(const Device& device);
+    ~Event();
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    void wait() const;  // until what stood before it when it was recorded is done
+    CUevent handle() const { return event_; }
+
+  private:
+    const Device& device_;
+    CUevent event_ = nullptr;
+};
+
 // A queue of work. Functions return before the work is done, unless they say otherwise.
 class Stream {
   public:
@@ -116,9 +117,11 @@ class Stream {
 
     void copy_to_device(CUdeviceptr target, const void* source, int64_t num_bytes);
     void copy_to_host(void* target, CUdeviceptr source, int64_t num_bytes);
+    void copy_on_device(CUdeviceptr target, CUdeviceptr source, int64_t num_bytes);
     void fill(CUdeviceptr target, uint8_t value, int64_t num_bytes);
     CUgraphExec capture(FunctionRef<void()> enqueue);  // what `enqueue` puts here is recorded and not run
     void launch(const Graph& graph);
+    void record(const Event& event);
     void wait();  // until all of it is done
 
     const Device& device() const { return device_; }

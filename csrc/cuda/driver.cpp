@@ -56,6 +56,7 @@ Driver::Driver(const std::string& library)
     LOAD(cuMemFreeHost);
     LOAD(cuMemcpyHtoDAsync_v2);
     LOAD(cuMemcpyDtoHAsync_v2);
+    LOAD(cuMemcpyDtoDAsync_v2);
     LOAD(cuMemsetD8Async);
     LOAD(cuStreamCreate);
     LOAD(cuStreamDestroy_v2);

@@ -95,6 +95,7 @@ class Driver {
     CUresult (*cuMemFreeHost)(void* pointer);
     CUresult (*cuMemcpyHtoDAsync_v2)(CUdeviceptr, const void* source, std::size_t num_bytes, CUstream);
     CUresult (*cuMemcpyDtoHAsync_v2)(void* target, CUdeviceptr, std::size_t num_bytes, CUstream);
+    CUresult (*cuMemcpyDtoDAsync_v2)(CUdeviceptr target, CUdeviceptr source, std::size_t num_bytes, CUstream);
     CUresult (*cuMemsetD8Async)(CUdeviceptr, unsigned char value, std::size_t num_bytes, CUstream);
     CUresult (*cuStreamCreate)(CUstream*, unsigned flags);
     CUresult (*cuStreamDestroy_v2)(CUstream);

@@ -28,9 +28,10 @@ GraphStep::GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec
       weights_(std::move(formats), arena_),
       kernels_(*device_, std::move(kernels)),
       model_(spec, plan, sizes_of(options), device_->num_multiprocessors(), kernels_, weights_, arena_),
-      chooser_(spec.vocab_size, spec.final_softcap, sizes_of(options).max_logits, *device_, kernels_, arena_),
-      inputs_(*device_, plan, sizes_of(options), spec.vocab_size, model_.queries_per_tile(), arena_),
-      stream_(*device_) {
+      chooser_(spec.vocab_size, spec.final_softcap, sizes_of(options).max_logits, kernels_, arena_),
+      inputs_(*device_, plan, sizes_of(options), spec.vocab_size, model_.query_room(), arena_),
+      stream_(*device_),
+      sides_{Side(*device_, sizes_of(options).max_logits), Side(*device_, sizes_of(options).max_logits)} {
     if (options.allocates) allocate();
     lifetime_guard_.reset();
 }
@@ -99,19 +100,40 @@ void GraphStep::poison_cache() {
 void GraphStep::run(const StepBatch& batch, std::span<float> logits) {
     const DeviceGuard guard(*device_);
     check(batch, static_cast<int64_t>(logits.size()));
-    start(batch, {}, false);
+    put_on_stream(batch, {});
     copy_logits(logits);
 }
 
-void GraphStep::choose(const StepBatch& batch, std::span<const TokenChoice> choices, std::span<int32_t> tokens) {
+void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choices) {
     const DeviceGuard guard(*device_);
     check(batch, batch.num_logits() * options_.limits.vocab_size);
-    if (static_cast<int64_t>(choices.size()) != batch.num_logits() || tokens.size() != choices.size())
-        throw Error(std::to_string(choices.size()) + " choices and " + std::to_string(tokens.size()) + " tokens for " +
-                    std::to_string(batch.num_logits()) + " rows of logits");
-    start(batch, choices, true);
-    stream_.wait();
-    std::ranges::copy(chooser_.tokens().first(tokens.size()), tokens.begin());
+    const auto num_rows = static_cast<int64_t>(choices.size());
+    if (num_rows != batch.num_logits())
+        throw Error(std::to_string(num_rows) + " choices for " + std::to_string(batch.num_logits()) +
+                    " rows of logits");
+    if (num_started_ == 2) throw Error("two steps were started and not finished; finish the first");
+    put_on_stream(batch, choices);
+    sides_[next_side_].num_rows = num_rows;
+    next_side_ = 1 - next_side_;
+    ++num_started_;
+}
+
+void GraphStep::finish(std::span<int32_t> tokens) {
+    const DeviceGuard guard(*device_);
+    if (num_started_ == 0) throw Error("no step was started");
+    const Side& side = sides_[num_started_ == 1 ? 1 - next_side_ : next_side_];
+    if (static_cast<int64_t>(tokens.size()) != side.num_rows)
+        throw Error("the step has " + std::to_string(side.num_rows) + " rows, asked for " +
+                    std::to_string(tokens.size()) + " tokens");
+    try {
+        side.done.wait();
+    } catch (...) {
+        num_started_ = 0;
+        drain();
+        throw;
+    }
+    --num_started_;
+    std::copy_n(reinterpret_cast<const int32_t*>(side.tokens.data()), tokens.size(), tokens.begin());
 }
 
 void GraphStep::copy_logits(std::span<float> logits) {
@@ -122,7 +144,8 @@ void GraphStep::copy_logits(std::span<float> logits) {
 }
 
 void GraphStep::check(const StepBatch& batch, int64_t num_logit_values) const {
-    check_batch(batch, plan_, options_.limits, num_logit_values);
+    const int64_t num_rows_before = num_started_ == 0 ? 0 : sides_[1 - next_side_].num_rows;
+    check_batch(batch, plan_, options_.limits, num_logit_values, num_rows_before);
     const int64_t last_position = std::ranges::max(batch.positions);
     if (batch.num_sequences() > options_.max_sequences || last_position >= options_.max_seq_len)
         throw Error("step of " + std::to_string(batch.num_sequences()) + " sequences up to position " +
@@ -130,22 +153,30 @@ void GraphStep::check(const StepBatch& batch, int64_t num_logit_values) const {
                     " of up to " + std::to_string(options_.max_seq_len) + " tokens");
 }
 
-void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choices, bool chooses) {
+void GraphStep::put_on_stream(const StepBatch& batch, std::span<const TokenChoice> choices) {
     if (uploader_ || !options_.allocates) throw Error("weights: the upload is not finished");
-    const StepShape shape = inputs_.shape(batch, chooses);
-    inputs_.fill(batch, choices, shape);
+    const StepShape shape = inputs_.shape(batch, !choices.empty());
+    inputs_.fill(batch, choices, shape, next_side_);
     try {
-        if (shape.decode_keys && options_.captures)
+        model_.copy_states(batch.state_copies, arena_, stream_);  // outside of graphs, which know no slots
+        inputs_.copy(shape, next_side_, arena_, stream_);
+        if (shape.is_decode && options_.captures)
             replay(shape);
         else
             enqueue(shape);
+        const Side& side = sides_[next_side_];
+        if (shape.chooses)
+            stream_.copy_to_host(side.tokens.data(), arena_.at(model_.rows().chosen), batch.num_logits() * kI32Bytes);
+        stream_.record(side.done);
     } catch (...) {
-        // What was queued may still read the inputs, which the next step overwrites. The first error is the one to
-        // tell.
-        device_->driver().cuStreamSynchronize(stream_.handle());
+        drain();
         throw;
     }
 }
+
+// After an error: what was queued may still use host memory that the next step overwrites. The error itself is the one
+// to tell.
+void GraphStep::drain() { device_->driver().cuStreamSynchronize(stream_.handle()); }
 
 void GraphStep::replay(const StepShape& shape) {
     std::unique_ptr<Graph>& graph = graphs_[shape];
@@ -154,7 +185,6 @@ void GraphStep::replay(const StepShape& shape) {
 }
 
 void GraphStep::enqueue(const StepShape& shape) {
-    inputs_.copy(shape, arena_, stream_);
     const StepContext step{stream_, arena_, model_.rows(), shape, inputs_.addresses(shape, arena_)};
     model_.enqueue(step);
     if (shape.chooses) chooser_.enqueue(step);

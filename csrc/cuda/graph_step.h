@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -45,7 +46,8 @@ class GraphStep final : public ModelStep {
 
     void run(const StepBatch& batch, std::span<float> logits) override;
     bool can_choose() const override { return true; }
-    void choose(const StepBatch& batch, std::span<const TokenChoice> choices, std::span<int32_t> tokens) override;
+    void start(const StepBatch& batch, std::span<const TokenChoice> choices) override;
+    void finish(std::span<int32_t> tokens) override;
     void copy_logits(std::span<float> logits) override;
 
     int64_t num_device_bytes() const { return arena_.num_bytes(); }
@@ -54,12 +56,22 @@ class GraphStep final : public ModelStep {
     void poison_cache();  // fills pages and states with NaN, for tests
 
   private:
+    // Where the host has what one step reads and gives, while the step before is not done with the other side.
+    struct Side {
+        Side(const Device& device, int64_t max_rows)
+            : tokens(device, max_rows * kI32Bytes, "chosen tokens"), done(device) {}
+        PinnedMemory tokens;
+        Event done;
+        int64_t num_rows = 0;
+    };
+
     void allocate();
     void upload_rope_tables();
     void check(const StepBatch& batch, int64_t num_logit_values) const;
-    void start(const StepBatch& batch, std::span<const TokenChoice> choices, bool chooses);
+    void put_on_stream(const StepBatch& batch, std::span<const TokenChoice> choices);
     void replay(const StepShape& shape);
     void enqueue(const StepShape& shape);
+    void drain();
 
     std::shared_ptr<const Device> device_;
     std::optional<DeviceGuard> lifetime_guard_;  // while the members below are made, and while they are destroyed
@@ -72,6 +84,9 @@ class GraphStep final : public ModelStep {
     TokenChooser chooser_;
     StepInputs inputs_;
     Stream stream_;
+    std::array<Side, 2> sides_;
+    int next_side_ = 0;
+    int num_started_ = 0;                 // and not finished
     std::unique_ptr<Uploader> uploader_;  // until everything is there
     std::set<std::pair<std::string, std::string>> uploaded_;
     std::map<StepShape, std::unique_ptr<Graph>> graphs_;

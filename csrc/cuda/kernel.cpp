@@ -128,19 +128,31 @@ KernelSet::KernelSet(const Device& device, std::vector<KernelImage> images)
     : device_(device), images_(std::move(images)), loaded_(images_.size()) {}
 
 const Kernel& KernelSet::find(const std::string& op, const Constants& constants, const Types& types) {
-    const auto found =
-        std::ranges::find_if(images_, [&](const KernelImage& image) { return matches(image, op, constants, types); });
-    if (found == images_.end()) {
-        std::string there;
-        for (const KernelImage& image : images_)
-            if (image.op == op) there += "\n  " + list(image.constants);
-        throw BackendError("no kernel " + op + " is compiled for " + list(constants) + " on sm_" +
-                           std::to_string(device_.arch()) + "; there is" +
-                           (there.empty() ? " none of that op" : there));
-    }
-    std::unique_ptr<Kernel>& kernel = loaded_[found - images_.begin()];
-    if (!kernel) kernel = std::make_unique<Kernel>(device_, *found);
+    for (std::size_t index = 0; index < images_.size(); ++index)
+        if (matches(images_[index], op, constants, types)) return load(index);
+    refuse(op, constants);
+}
+
+std::vector<const Kernel*> KernelSet::find_all(const std::string& op, const Constants& constants) {
+    std::vector<const Kernel*> found;
+    for (std::size_t index = 0; index < images_.size(); ++index)
+        if (matches(images_[index], op, constants, {})) found.push_back(&load(index));
+    if (found.empty()) refuse(op, constants);
+    return found;
+}
+
+const Kernel& KernelSet::load(std::size_t index) {
+    std::unique_ptr<Kernel>& kernel = loaded_[index];
+    if (!kernel) kernel = std::make_unique<Kernel>(device_, images_[index]);
     return *kernel;
+}
+
+void KernelSet::refuse(const std::string& op, const Constants& constants) const {
+    std::string there;
+    for (const KernelImage& image : images_)
+        if (image.op == op) there += "\n  " + list(image.constants);
+    throw BackendError("no kernel " + op + " is compiled for " + list(constants) + " on sm_" +
+                       std::to_string(device_.arch()) + "; there is" + (there.empty() ? " none of that op" : there));
 }
 
 }  // namespace gemma2_fast

@@ -73,8 +73,13 @@ class KernelSet {
     // The kernel of an op that was compiled with these constants, and these types of parameters. Throws BackendError
     // that names what there is instead.
     const Kernel& find(const std::string& op, const Constants& constants, const Types& types = {});
+    // All of them, at least one.
+    std::vector<const Kernel*> find_all(const std::string& op, const Constants& constants);
 
   private:
+    const Kernel& load(std::size_t index);
+    [[noreturn]] void refuse(const std::string& op, const Constants& constants) const;
+
     const Device& device_;
     std::vector<KernelImage> images_;
     std::vector<std::unique_ptr<Kernel>> loaded_;  // at the place of its image

@@ -19,4 +19,10 @@ struct StepSizes {
     int64_t max_seq_len = 0;
 };
 
+// New tokens of a sequence that one program of attention has room for.
+struct QueryRoom {
+    int64_t tile = 0;   // of prefill attention
+    int64_t split = 0;  // of decode attention, which splits the keys among programs
+};
+
 }  // namespace gemma2_fast

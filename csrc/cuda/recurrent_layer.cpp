@@ -42,11 +42,21 @@ RecurrentLayer::RecurrentLayer(const RecurrentSpec& spec, const std::string& pre
 void RecurrentLayer::enqueue(const StepContext& step, const RecurrentScratch& scratch) const {
     const int64_t num_tokens = step.shape.num_tokens;
     xy_.launch(step.stream, step.arena, step.at(step.rows.normed), step.at(step.rows.mixed), num_tokens);
-    if (step.shape.decode_keys)
+    if (step.shape.is_decode)
         advance_by_one(step);
     else
         advance(step, scratch);
     out_.launch(step.stream, step.arena, step.at(step.rows.attended), step.at(step.rows.branch), num_tokens);
+}
+
+// A ring's rows are those of absolute positions, so whoever goes on from the same position finds them in their places.
+void RecurrentLayer::copy_state(StateCopy slots, const Arena& arena, Stream& stream) const {
+    const auto [from, to] = slots;
+    const auto copy = [&](const Arena::Slice& slice, int64_t slot_bytes) {
+        stream.copy_on_device(arena.at(slice, to * slot_bytes), arena.at(slice, from * slot_bytes), slot_bytes);
+    };
+    copy(states_.states, spec_.width * kF32Bytes);
+    copy(states_.inputs_ring, spec_.conv_width * spec_.width * kBF16Bytes);
 }
 
 // One new token a sequence: a single kernel.

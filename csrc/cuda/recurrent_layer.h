@@ -35,6 +35,7 @@ class RecurrentLayer {
 
     void join(RecurrentStates states) { states_ = states; }
     void enqueue(const StepContext& step, const RecurrentScratch& scratch) const;
+    void copy_state(StateCopy slots, const Arena& arena, Stream& stream) const;
 
     const RecurrentSpec& spec() const { return spec_; }
     int64_t mixed_width() const { return xy_.matrix().rows; }

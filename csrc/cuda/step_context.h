@@ -13,6 +13,7 @@ struct StepRows {
     Arena::Slice attended;                  // [T, X]: what its second product reads, X its columns
     Arena::Slice gate_up, hidden;           // [T, 2 F], [T, F]
     Arena::Slice logits;                    // [L, V]
+    Arena::Slice chosen;                    // [L] int32: tokens of the step before, until this one's are chosen
 };
 
 // What every launch of a step needs to know.

@@ -12,31 +12,39 @@
 namespace gemma2_fast {
 namespace {
 
-constexpr int64_t kAlignment = 4;           // integers in the 16 bytes that kernels may load at once
-constexpr int64_t kFewestDecodeKeys = 512;  // shapes of shorter contexts are one
+constexpr int64_t kAlignment = 4;          // integers in the 16 bytes that kernels may load at once
+constexpr int64_t kFewestSplitKeys = 512;  // shapes of shorter contexts are one
 
 bool is_decode(const StepBatch& batch) {
     return batch.num_tokens() == batch.num_sequences() && batch.num_logits() == batch.num_tokens();
 }
 
-StepShape largest(const StepSizes& sizes, int64_t queries_per_tile) {
+int64_t num_new_tokens(const StepBatch& batch, int64_t sequence) {
+    return batch.first_token[sequence + 1] - batch.first_token[sequence];
+}
+
+int64_t bound_of_keys(int64_t most) { return std::max(kFewestSplitKeys, power_of_two(most)); }
+
+StepShape largest(const StepSizes& sizes, const QueryRoom& room) {
     return {.num_tokens = sizes.max_tokens,
             .num_sequences = sizes.max_sequences,
             .num_logits = sizes.max_logits,
-            .num_tiles = sizes.max_tokens / queries_per_tile + sizes.max_sequences,
-            .decode_keys = std::nullopt,
+            .split = {},
+            .num_tiles = sizes.max_tokens / room.tile + sizes.max_sequences,
+            .is_decode = false,
             .chooses = true};
 }
 
 }  // namespace
 
 StepInputs::StepInputs(const Device& device, const CachePlan& plan, const StepSizes& sizes, int64_t vocab_size,
-                       int64_t queries_per_tile, Arena& arena)
+                       const QueryRoom& room, Arena& arena)
     : plan_(plan),
       vocab_size_(vocab_size),
-      queries_per_tile_(queries_per_tile),
-      block_(arena.reserve(layout(largest(sizes, queries_per_tile)).size * kI32Bytes)),
-      host_(device, block_.num_bytes, "the inputs of a step") {}
+      room_(room),
+      block_(arena.reserve(layout(largest(sizes, room)).size * kI32Bytes)),
+      host_{PinnedMemory(device, block_.num_bytes, "the inputs of a step"),
+            PinnedMemory(device, block_.num_bytes, "the inputs of a step")} {}
 
 StepShape StepInputs::shape(const StepBatch& batch, bool chooses) const {
     if (is_decode(batch)) {
@@ -45,24 +53,39 @@ StepShape StepInputs::shape(const StepBatch& batch, bool chooses) const {
         return {.num_tokens = count,
                 .num_sequences = count,
                 .num_logits = count,
+                .split = {.number = count, .queries = 1, .keys = bound_of_keys(keys)},
                 .num_tiles = 0,
-                .decode_keys = std::max(kFewestDecodeKeys, power_of_two(keys)),
+                .is_decode = true,
                 .chooses = chooses};
     }
     StepShape shape{.num_tokens = batch.num_tokens(),
                     .num_sequences = batch.num_sequences(),
                     .num_logits = batch.num_logits(),
+                    .split = split_sequences(batch),
                     .num_tiles = 0,
-                    .decode_keys = std::nullopt,
+                    .is_decode = false,
                     .chooses = chooses};
-    for (int64_t s = 0; s < batch.num_sequences(); ++s)
-        shape.num_tiles += divide_up(batch.first_token[s + 1] - batch.first_token[s], queries_per_tile_);
+    for (int64_t s = shape.split.number; s < batch.num_sequences(); ++s)
+        shape.num_tiles += divide_up(num_new_tokens(batch, s), room_.tile);
     return shape;
 }
 
-void StepInputs::fill(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape) {
+// Those that go on with few tokens, up to the first that does not: the scheduler puts those that decode first.
+SplitSequences StepInputs::split_sequences(const StepBatch& batch) const {
+    SplitSequences split;
+    for (int64_t s = 0; s < batch.num_sequences(); ++s) {
+        const int64_t queries = num_new_tokens(batch, s), context = batch.context_tokens[s];
+        if (queries > room_.split || context == 0) break;
+        split = {.number = s + 1,
+                 .queries = std::max(split.queries, queries),
+                 .keys = std::max(split.keys, bound_of_keys(context + queries))};
+    }
+    return split;
+}
+
+void StepInputs::fill(const StepBatch& batch, std::span<const TokenChoice> choices, const StepShape& shape, int side) {
     const Layout at = layout(shape);
-    auto* block = reinterpret_cast<int32_t*>(host_.data());
+    auto* block = reinterpret_cast<int32_t*>(host_[side].data());
     const auto put = [&](int64_t offset, const std::vector<int32_t>& values, int64_t count, int32_t filler) {
         int32_t* end = std::copy(values.begin(), values.end(), block + offset);
         std::fill(end, block + offset + count, filler);
@@ -86,7 +109,7 @@ void StepInputs::fill(const StepBatch& batch, std::span<const TokenChoice> choic
     // Only a decode step is filled up, where token t is that of sequence t.
     std::iota(token_sequence + batch.num_tokens(), token_sequence + shape.num_tokens,
               static_cast<int32_t>(batch.num_tokens()));
-    if (shape.num_tiles > 0) fill_tiles(batch, block + at.tiles);
+    if (shape.num_tiles > 0) fill_tiles(batch, shape, block + at.tiles);
     if (shape.chooses) fill_choices(choices, shape, block);
 }
 
@@ -107,11 +130,10 @@ void StepInputs::fill_choices(std::span<const TokenChoice> choices, const StepSh
 }
 
 // The longest walks over keys come first, so that no processor is left with one at the end.
-void StepInputs::fill_tiles(const StepBatch& batch, int32_t* tiles) const {
+void StepInputs::fill_tiles(const StepBatch& batch, const StepShape& shape, int32_t* tiles) const {
     std::vector<std::pair<int32_t, int32_t>> order;  // sequence, first query of the tile
-    for (int32_t s = 0; s < batch.num_sequences(); ++s)
-        for (int32_t first = 0; first < batch.first_token[s + 1] - batch.first_token[s];
-             first += static_cast<int32_t>(queries_per_tile_))
+    for (int32_t s = i32(shape.split.number); s < batch.num_sequences(); ++s)
+        for (int32_t first = 0; first < num_new_tokens(batch, s); first += i32(room_.tile))
             order.emplace_back(s, first);
     std::ranges::stable_sort(order, std::greater{},
                              [&](const auto& tile) { return batch.context_tokens[tile.first] + tile.second; });
@@ -121,8 +143,8 @@ void StepInputs::fill_tiles(const StepBatch& batch, int32_t* tiles) const {
     }
 }
 
-void StepInputs::copy(const StepShape& shape, const Arena& arena, Stream& stream) const {
-    stream.copy_to_device(arena.at(block_), host_.data(), layout(shape).size * kI32Bytes);
+void StepInputs::copy(const StepShape& shape, int side, const Arena& arena, Stream& stream) const {
+    stream.copy_to_device(arena.at(block_), host_[side].data(), layout(shape).size * kI32Bytes);
 }
 
 StepInputs::Addresses StepInputs::addresses(const StepShape& shape, const Arena& arena) const {

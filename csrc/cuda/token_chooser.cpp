@@ -11,13 +11,9 @@ constexpr int64_t kFewestBlocks = 128;  // that kernels are compiled for
 
 }  // namespace
 
-TokenChooser::TokenChooser(int64_t vocab_size, std::optional<float> softcap, int64_t most_rows, const Device& device,
-                           KernelSet& kernels, Arena& arena)
-    : vocab_size_(vocab_size),
-      softcap_(softcap),
-      most_rows_(most_rows),
-      scan_(&kernels.find("sample_scan", {})),
-      on_host_(device, most_rows * kI32Bytes, "chosen tokens") {
+TokenChooser::TokenChooser(int64_t vocab_size, std::optional<float> softcap, int64_t most_rows, KernelSet& kernels,
+                           Arena& arena)
+    : vocab_size_(vocab_size), softcap_(softcap), scan_(&kernels.find("sample_scan", {})) {
     const int64_t blocks = divide_up(vocab_size, scan_->constant("BLOCK"));
     const KernelSet::Constants row{{"CAPPED", softcap.has_value()},
                                    {"BLOCKS", std::max(kFewestBlocks, power_of_two(blocks))}};
@@ -26,7 +22,6 @@ TokenChooser::TokenChooser(int64_t vocab_size, std::optional<float> softcap, int
     firsts_ = arena.reserve(most_rows * blocks * kI64Bytes);
     best_ = arena.reserve(most_rows * blocks * scan_->constant("KEEP") * kI64Bytes);
     sums_ = arena.reserve(most_rows * blocks * kF64Bytes);
-    tokens_ = arena.reserve(most_rows * kI32Bytes);
 }
 
 void TokenChooser::enqueue(const StepContext& step) const {
@@ -43,18 +38,13 @@ void TokenChooser::enqueue(const StepContext& step) const {
         {"firsts", step.at(firsts_)},
         {"best", step.at(best_)},
         {"sums", step.at(sums_)},
-        {"out", step.at(tokens_)},
+        {"out", step.at(step.rows.chosen)},
     };
     const int64_t rows = step.shape.num_logits;
     const LaunchGrid blocks{.x = divide_up(vocab_size_, scan_->constant("BLOCK")), .y = rows};
     scan_->launch(step.stream, blocks, arguments);
     weigh_->launch(step.stream, blocks, arguments);
     draw_->launch(step.stream, {.x = rows}, arguments);
-    step.stream.copy_to_host(on_host_.data(), step.at(tokens_), rows * kI32Bytes);
-}
-
-std::span<const int32_t> TokenChooser::tokens() const {
-    return {reinterpret_cast<const int32_t*>(on_host_.data()), static_cast<std::size_t>(most_rows_)};
 }
 
 }  // namespace gemma2_fast

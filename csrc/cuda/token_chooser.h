@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <span>
 
 #include "cuda/step_context.h"
 
@@ -11,20 +10,15 @@ namespace gemma2_fast {
 // Chooses the next token of each row of logits on the device, by the rules among the step's inputs.
 class TokenChooser {
   public:
-    TokenChooser(int64_t vocab_size, std::optional<float> softcap, int64_t most_rows, const Device& device,
-                 KernelSet& kernels, Arena& arena);
+    TokenChooser(int64_t vocab_size, std::optional<float> softcap, int64_t most_rows, KernelSet& kernels, Arena& arena);
 
-    void enqueue(const StepContext& step) const;  // tokens are there once the stream has been waited for
-    std::span<const int32_t> tokens() const;
+    void enqueue(const StepContext& step) const;
 
   private:
     int64_t vocab_size_;
     std::optional<float> softcap_;
-    int64_t most_rows_;
     const Kernel *scan_, *weigh_, *draw_;
     Arena::Slice firsts_, best_, sums_;  // of the blocks of the vocabulary: [L, blocks], [L, blocks, KEEP], [L, blocks]
-    Arena::Slice tokens_;                // [L]
-    PinnedMemory on_host_;               // the same
 };
 
 }  // namespace gemma2_fast

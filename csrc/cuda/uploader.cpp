@@ -19,14 +19,13 @@ Uploader::~Uploader() {
 }
 
 void Uploader::copy(CUdeviceptr target, const std::byte* source, int64_t num_bytes) {
-    const Driver& driver = stream_.device().driver();
     for (int64_t done = 0; done < num_bytes; done += kBufferBytes) {
         Buffer& buffer = buffers_[next_++ % buffers_.size()];
         const int64_t count = std::min(kBufferBytes, num_bytes - done);
-        driver.check(driver.cuEventSynchronize(buffer.read.handle()), "waiting for a copy of weights");
+        buffer.read.wait();
         std::memcpy(buffer.memory.data(), source + done, static_cast<std::size_t>(count));
         stream_.copy_to_device(target + static_cast<CUdeviceptr>(done), buffer.memory.data(), count);
-        driver.check(driver.cuEventRecord(buffer.read.handle(), stream_.handle()), "recording a copy of weights");
+        stream_.record(buffer.read);
     }
 }
 

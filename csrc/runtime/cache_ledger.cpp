@@ -24,7 +24,7 @@ CacheLedger::CacheLedger(CachePlan plan) : plan_(std::move(plan)) {
                                 (group.window_keys ? std::to_string(*group.window_keys) : "no window"));
         pools_.emplace_back(group.num_blocks);
     }
-    if (plan_.recurrent) slots_.emplace(plan_.recurrent->num_slots);
+    if (plan_.recurrent) slots_.emplace(plan_.recurrent->num_slots - plan_.recurrent->num_snapshots);
     peak_held_.assign(pools_.size(), 0);
 }
 

@@ -31,7 +31,7 @@ class CacheLedger {
     void append(Sequence& sequence, int64_t num_tokens);  // takes pages; num_tokens <= num_appendable
 
     const CachePlan& plan() const { return plan_; }
-    std::optional<int64_t> num_slots() const;
+    std::optional<int64_t> num_slots() const;  // of sequences
     const BlockPool& pool(std::size_t group) const { return pools_[group]; }
     int64_t peak_held(std::size_t group) const { return peak_held_[group]; }  // by any one sequence
 

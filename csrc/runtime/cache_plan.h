@@ -24,6 +24,7 @@ struct RecurrentStateGroup {
     int64_t width = 0;
     int64_t conv_tail = 0;  // earlier convolution inputs kept (conv_width - 1)
     int64_t num_slots = 0;
+    int64_t num_snapshots = 0;  // the last of the slots, which no sequence has: states are copied there and back
 };
 
 struct CachePlan {

@@ -23,6 +23,7 @@ void DecodeLoop::serve() {
         try {
             step();
         } catch (const std::exception& error) {  // not the model's doing, but nobody may wait for ever
+            abandon_started();
             end_all(FinishReason::kError, std::string("the decode loop failed: ") + error.what());
         }
         publish();
@@ -32,79 +33,173 @@ void DecodeLoop::serve() {
 }
 
 void DecodeLoop::step() {
+    const bool has_started = !started_.empty();
+    if (!has_started || can_run_ahead()) begin_next();
+    if (has_started) finish_first();
+}
+
+// Whether the next step depends on the one before by nothing but tokens that the model step chooses.
+bool DecodeLoop::can_run_ahead() const {
+    return !started_.back().failure && scheduler_.all_of([](const Sequence& sequence) {
+        return !sequence.host_chooses && LogitsReader::needs_only_a_choice(sequence);
+    });
+}
+
+void DecodeLoop::begin_next() {
     const std::span<const Chunk> chunks = scheduler_.schedule();
     if (chunks.empty()) return;
     for (const Chunk& chunk : chunks)
         (chunk.sequence->decoding() ? counters_.num_decode_tokens : counters_.num_prefill_tokens) += chunk.num_tokens;
     publish();  // a step may be long, and the counters are true during it
+    const bool chooses = model_step_->can_choose() && std::ranges::all_of(chunks, [](const Chunk& chunk) {
+                             return LogitsReader::needs_only_a_choice(*chunk.sequence);
+                         });
+    chooses ? start(chunks) : run(chunks);
+}
 
+void DecodeLoop::run(std::span<const Chunk> chunks) {
     std::span<float> logits;
     std::optional<std::string> failure;
     try {
-        if (step_chooses(chunks)) {
-            logits = choose_on_step(chunks);
-        } else {
-            tokens_.clear();
-            logits = logits_rows(scheduler_.batch().num_logits());
-            model_step_->run(scheduler_.batch(), logits);
-        }
-    } catch (const std::bad_alloc&) {
-        failure = "not enough memory for " + std::to_string(scheduler_.batch().num_logits()) +
-                  " rows of logits; lower max_batch_size or max_step_tokens";
+        logits = logits_rows(scheduler_.batch().num_logits());
+        model_step_->run(scheduler_.batch(), logits);
     } catch (const std::exception& error) {
         failure = error.what();
     }
+    count_step();
+    for (const Chunk& chunk : chunks) {
+        if (failure)
+            end_sequence(chunk.sequence->id, "the step failed: " + *failure);
+        else
+            tell(read(chunk, logits));
+    }
+}
+
+std::optional<TokenEvent> DecodeLoop::read(const Chunk& chunk, std::span<const float> logits) {
+    try {
+        return reader_.read(chunk, logits);
+    } catch (const std::exception& error) {
+        return last_event(chunk.sequence->id, FinishReason::kError,
+                          std::string("reading the logits failed: ") + error.what());
+    }
+}
+
+// Its sequences go on at once, as if their next tokens were known.
+void DecodeLoop::start(std::span<const Chunk> chunks) {
+    StartedStep step;
+    choices_.clear();
+    for (const Chunk& chunk : chunks) {
+        const Sequence& sequence = *chunk.sequence;
+        step.chunks.push_back({sequence.id, sequence.computed_tokens + chunk.num_tokens, std::nullopt});
+        if (chunk.num_rows == 0) continue;
+        step.chunks.back().row = chunk.first_row;
+        choices_.push_back({&sequence.request.sampling, static_cast<uint64_t>(sequence.num_generated())});
+    }
+    step.num_rows = static_cast<int64_t>(choices_.size());
+    try {
+        model_step_->start(scheduler_.batch(), choices_);
+        std::ranges::for_each(chunks, LogitsReader::advance);
+    } catch (const std::exception& error) {
+        step.failure = error.what();
+    }
+    started_.push_back(std::move(step));
+}
+
+void DecodeLoop::finish_first() {
+    StartedStep step = std::move(started_.front());
+    started_.pop_front();
+    std::span<float> logits;
+    try {
+        if (step.failure) throw BackendError(*step.failure);
+        tokens_.assign(static_cast<std::size_t>(step.num_rows), kHostChooses);
+        model_step_->finish(tokens_);
+        const auto is_left = [&](const StartedChunk& chunk) {
+            return chunk.row && tokens_[*chunk.row] == kHostChooses;
+        };
+        // Once another step was started, its logits are there.
+        if (started_.empty() && std::ranges::any_of(step.chunks, is_left)) {
+            logits = logits_rows(step.num_rows);
+            model_step_->copy_logits(logits);
+        }
+    } catch (const std::exception& error) {
+        step.failure = error.what();
+    }
+    count_step();
+    if (step.failure) {
+        for (const StartedStep& later : started_)
+            step.chunks.insert(step.chunks.end(), later.chunks.begin(), later.chunks.end());
+        started_.clear();
+        for (const StartedChunk& chunk : step.chunks)
+            end_sequence(chunk.sequence_id, "the step failed: " + *step.failure);
+        return;
+    }
+    for (const StartedChunk& chunk : step.chunks) settle(chunk, logits);
+}
+
+void DecodeLoop::settle(const StartedChunk& chunk, std::span<const float> logits) {
+    Sequence* sequence = scheduler_.find(chunk.sequence_id);
+    if (!sequence) return;  // it ended in the meantime
+    if (!chunk.row) return tell(LogitsReader::settle(*sequence, chunk.end_position, std::nullopt));
+    const int32_t token_id = tokens_[*chunk.row];
+    if (token_id != kHostChooses) return tell(LogitsReader::settle(*sequence, chunk.end_position, token_id));
+    if (logits.empty()) return leave_to_host(chunk, *sequence);
+    sequence->host_chooses = true;
+    try {
+        tell(reader_.settle_by_logits(*sequence, logits.subspan(*chunk.row * limits_.vocab_size, limits_.vocab_size)));
+    } catch (const std::exception& error) {
+        end_sequence(sequence->id, std::string("reading the logits failed: ") + error.what());
+    }
+}
+
+// The logits are gone, and the step ahead went on with a token that is none. So all is computed once more, then without
+// a step ahead.
+void DecodeLoop::leave_to_host(const StartedChunk& chunk, Sequence& sequence) {
+    sequence.host_chooses = true;
+    sequence.token_ids.resize(static_cast<std::size_t>(chunk.end_position));
+    scheduler_.restart(sequence);
+    for (StartedStep& ahead : started_)
+        std::erase_if(ahead.chunks, [&](const StartedChunk& other) { return other.sequence_id == sequence.id; });
+}
+
+// After an error of the loop itself: no step may be left whose tokens nobody knows any more.
+void DecodeLoop::abandon_started() {
+    for (const StartedStep& step : started_) {
+        if (step.failure) continue;
+        tokens_.assign(static_cast<std::size_t>(step.num_rows), kHostChooses);
+        try {
+            model_step_->finish(tokens_);
+        } catch (const std::exception&) {
+            break;  // which ends those after it, too
+        }
+    }
+    started_.clear();
+}
+
+void DecodeLoop::end_sequence(int64_t sequence_id, const std::string& failure) {
+    if (scheduler_.find(sequence_id)) tell(last_event(sequence_id, FinishReason::kError, failure));
+}
+
+void DecodeLoop::tell(std::optional<TokenEvent> event) {
+    if (!event) return;
+    if (event->finish_reason) scheduler_.remove(event->sequence_id);
+    events_.push_back(std::move(*event));
+}
+
+void DecodeLoop::count_step() {
     counters_.num_steps += 1;
     last_step_ = std::chrono::steady_clock::now();
-
-    for (const Chunk& chunk : chunks) {
-        std::optional<TokenEvent> event = end_or_advance(chunk, logits, failure);
-        if (!event) continue;
-        if (event->finish_reason) scheduler_.remove(event->sequence_id);
-        events_.push_back(std::move(*event));
-    }
-}
-
-std::optional<TokenEvent> DecodeLoop::end_or_advance(const Chunk& chunk, std::span<const float> logits,
-                                                     const std::optional<std::string>& failure) {
-    const int64_t id = chunk.sequence->id;
-    if (failure) return last_event(id, FinishReason::kError, "the step failed: " + *failure);
-    try {
-        if (tokens_.empty()) return reader_.read(chunk, logits);
-        if (chunk.num_rows == 0) return reader_.accept(chunk, std::nullopt);
-        const int32_t token_id = tokens_[chunk.first_row];
-        return token_id == kHostChooses ? reader_.read(chunk, logits) : reader_.accept(chunk, token_id);
-    } catch (const std::exception& error) {
-        return last_event(id, FinishReason::kError, std::string("reading the logits failed: ") + error.what());
-    }
-}
-
-bool DecodeLoop::step_chooses(std::span<const Chunk> chunks) const {
-    return model_step_->can_choose() && scheduler_.batch().num_logits() > 0 &&
-           std::ranges::all_of(chunks, LogitsReader::needs_only_a_choice);
-}
-
-// Leaves the tokens of the step's rows in tokens_; gives the rows where the host has to choose one of them.
-std::span<float> DecodeLoop::choose_on_step(std::span<const Chunk> chunks) {
-    choices_.clear();
-    for (const Chunk& chunk : chunks)
-        if (chunk.num_rows > 0)
-            choices_.push_back(
-                {&chunk.sequence->request.sampling, static_cast<uint64_t>(chunk.sequence->num_generated())});
-    tokens_.assign(choices_.size(), kHostChooses);
-    model_step_->choose(scheduler_.batch(), choices_, tokens_);
-    if (std::ranges::find(tokens_, kHostChooses) == tokens_.end()) return {};
-    const std::span<float> logits = logits_rows(static_cast<int64_t>(tokens_.size()));
-    model_step_->copy_logits(logits);
-    return logits;
 }
 
 // Grows to what steps really ask for: few rows are needed unless prompt logits are.
 std::span<float> DecodeLoop::logits_rows(int64_t num_rows) {
     const auto count = static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(limits_.vocab_size);
-    if (count > logits_.size()) {
+    if (count <= logits_.size()) return logits_.span().first(count);
+    try {
         logits_ = AlignedBuffer<float>();  // the old one first, so that both never exist together
         logits_ = AlignedBuffer<float>(count);
+    } catch (const std::bad_alloc&) {
+        throw CapacityError("not enough memory for " + std::to_string(num_rows) +
+                            " rows of logits; lower max_batch_size or max_step_tokens");
     }
     return logits_.span().first(count);
 }
@@ -116,8 +211,7 @@ bool DecodeLoop::take_requests() {
         std::vector<int64_t> cancelled;
         {
             std::unique_lock lock(mutex_);
-            wake_.wait(lock,
-                       [&] { return closing_ || !submitted_.empty() || !cancelled_.empty() || scheduler_.has_work(); });
+            wake_.wait(lock, [&] { return closing_ || !submitted_.empty() || !cancelled_.empty() || has_work(); });
             if (closing_) return false;
             submitted.swap(submitted_);
             cancelled.swap(cancelled_);
@@ -127,7 +221,7 @@ bool DecodeLoop::take_requests() {
         for (int64_t id : cancelled)
             if (scheduler_.remove(id)) events_.push_back(last_event(id, FinishReason::kCancelled, "cancelled"));
         if (!cancelled.empty()) publish();
-        if (scheduler_.has_work()) return true;
+        if (has_work()) return true;
     }
 }
 

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -36,7 +37,8 @@ struct LoopStats {
     std::optional<double> last_step_age_s;  // absent before the first step
 };
 
-// The only loop over steps, on a thread of its own: schedule, ModelStep::run, read the logits, events.
+// The only loop over steps, on a thread of its own: schedule, ModelStep::run, read the logits, events. Where the model
+// step chooses tokens itself, the next step is started before the tokens of the one before are known here.
 // Every public function may be called from any thread but the loop's.
 class DecodeLoop {
   public:
@@ -60,14 +62,34 @@ class DecodeLoop {
     bool on_own_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
 
   private:
+    struct StartedChunk {
+        int64_t sequence_id = 0;
+        int64_t end_position = 0;    // where the next token stands, if it has a row
+        std::optional<int64_t> row;  // of the step's tokens
+    };
+    struct StartedStep {
+        std::vector<StartedChunk> chunks;
+        int64_t num_rows = 0;
+        std::optional<std::string> failure;  // why it could not be started
+    };
+
     void serve();
     bool take_requests();
+    bool has_work() const { return scheduler_.has_work() || !started_.empty(); }
     void step();
-    bool step_chooses(std::span<const Chunk> chunks) const;
-    std::span<float> choose_on_step(std::span<const Chunk> chunks);
+    bool can_run_ahead() const;
+    void begin_next();
+    void run(std::span<const Chunk> chunks);
+    std::optional<TokenEvent> read(const Chunk& chunk, std::span<const float> logits);
+    void start(std::span<const Chunk> chunks);
+    void finish_first();
+    void settle(const StartedChunk& chunk, std::span<const float> logits);
+    void leave_to_host(const StartedChunk& chunk, Sequence& sequence);
+    void abandon_started();
     std::span<float> logits_rows(int64_t num_rows);
-    std::optional<TokenEvent> end_or_advance(const Chunk& chunk, std::span<const float> logits,
-                                             const std::optional<std::string>& failure);
+    void end_sequence(int64_t sequence_id, const std::string& failure);
+    void tell(std::optional<TokenEvent> event);
+    void count_step();
     void end_all(FinishReason reason, const std::string& message);
     void publish();
 
@@ -79,7 +101,8 @@ class DecodeLoop {
     LogitsReader reader_;
     AlignedBuffer<float> logits_;
     std::vector<TokenChoice> choices_;
-    std::vector<int32_t> tokens_;  // what the model step chose, a row each; empty where it gave logits
+    std::vector<int32_t> tokens_;      // what the model step chose, a row each
+    std::deque<StartedStep> started_;  // at most two, the older first
     std::vector<TokenEvent> events_;
     LoopStats counters_;
     std::optional<std::chrono::steady_clock::time_point> last_step_;

@@ -23,18 +23,19 @@ class LogitsReader {
     // None: the step told nothing about this sequence that anybody waits for.
     std::optional<TokenEvent> read(const Chunk& chunk, std::span<const float> logits);
 
-    // The same for a token that was chosen elsewhere, which `needs_only_a_choice` must have allowed. None: the chunk
-    // has no next token yet.
-    std::optional<TokenEvent> accept(const Chunk& chunk, std::optional<int32_t> token_id);
-
-    // Whether nothing but the next token is wanted of the chunk's logits, and that by the plain rule of TokenChoice.
-    static bool needs_only_a_choice(const Chunk& chunk);
+    // Whether nothing but the next token is wanted of the sequence's logits, and that by the plain rule of TokenChoice.
+    // Then a step may choose it, and the sequence goes on before its token is known: `advance` puts chosen_in_row in
+    // its place, `settle` the token, or none if the chunk had no row.
+    static bool needs_only_a_choice(const Sequence& sequence);
+    static void advance(const Chunk& chunk);
+    static std::optional<TokenEvent> settle(Sequence& sequence, int64_t end_position, std::optional<int32_t> token_id);
+    // Of a token that the step left to the host; the sequence's last, with the row of logits [V] before it.
+    std::optional<TokenEvent> settle_by_logits(Sequence& sequence, std::span<const float> values);
 
   private:
+    void read_row(Sequence& sequence, int64_t position, std::span<const float> values, TokenEvent& event);
     void read_prompt_row(Sequence& sequence, TokenEvent& event);
     void read_next_token(Sequence& sequence, TokenEvent& event);
-    void append(Sequence& sequence, int32_t token_id, TokenEvent& event);
-    std::optional<TokenEvent> finished(Sequence& sequence, int64_t end_position, TokenEvent event);
 
     int64_t vocab_size_;
     Sampler sampler_;

@@ -4,9 +4,11 @@
 
 namespace gemma2_fast {
 
-void ModelStep::choose(const StepBatch&, std::span<const TokenChoice>, std::span<int32_t>) {
+void ModelStep::start(const StepBatch&, std::span<const TokenChoice>) {
     throw BackendError("this backend leaves the choice of tokens to the host");
 }
+
+void ModelStep::finish(std::span<int32_t>) { throw BackendError("no step was started"); }
 
 void ModelStep::copy_logits(std::span<float>) { throw BackendError("this backend keeps no logits"); }
 

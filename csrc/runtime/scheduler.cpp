@@ -36,6 +36,24 @@ std::unique_ptr<Sequence> Scheduler::remove_any() {
     return nullptr;
 }
 
+Sequence* Scheduler::find(int64_t sequence_id) const {
+    const auto is_it = [&](const std::unique_ptr<Sequence>& sequence) { return sequence->id == sequence_id; };
+    if (const auto it = std::ranges::find_if(running_, is_it); it != running_.end()) return it->get();
+    if (const auto it = std::ranges::find_if(waiting_, is_it); it != waiting_.end()) return it->get();
+    return nullptr;
+}
+
+void Scheduler::restart(Sequence& sequence) {
+    if (sequence.status != SequenceStatus::kRunning) return;
+    cache_.close(sequence);
+    cache_.open(sequence);
+}
+
+bool Scheduler::all_of(FunctionRef<bool(const Sequence&)> holds) const {
+    const auto it_holds = [&](const std::unique_ptr<Sequence>& sequence) { return holds(*sequence); };
+    return std::ranges::all_of(running_, it_holds) && std::ranges::all_of(waiting_, it_holds);
+}
+
 std::span<const Chunk> Scheduler::schedule() {
     chunks_.clear();
     tokens_left_ = limits_.max_step_tokens;
@@ -54,7 +72,9 @@ std::span<const Chunk> Scheduler::schedule() {
             schedule_chunk(*running_.back());
         }
 
-    if (chunks_.empty() && has_work()) throw std::logic_error("the scheduler found no token to compute");
+    const auto waits_for_its_last = [](const auto& sequence) { return sequence->num_uncomputed() == 0; };
+    if (chunks_.empty() && has_work() && (running_.empty() || !std::ranges::all_of(running_, waits_for_its_last)))
+        throw std::logic_error("the scheduler found no token to compute");
     build_batch();
     return chunks_;
 }

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "base/function_ref.h"
 #include "runtime/cache_ledger.h"
 #include "runtime/sequence.h"
 #include "runtime/step_batch.h"
@@ -31,13 +32,17 @@ class Scheduler {
     void add(std::unique_ptr<Sequence> sequence);           // ids ascend in order of arrival
     std::unique_ptr<Sequence> remove(int64_t sequence_id);  // its blocks are free at once; null: not here
     std::unique_ptr<Sequence> remove_any();                 // null: none is left
+    Sequence* find(int64_t sequence_id) const;              // null: not here
+    void restart(Sequence& sequence);                       // what is known of it is to be computed from its beginning
 
-    // Chooses the next step. The chunks, in the batch's order, and the batch live until the next call; there is at
-    // least one chunk if there is work. Whoever runs the step adds num_tokens to each sequence's computed_tokens.
+    // Chooses the next step. The chunks, in the batch's order, and the batch live until the next call. There is none
+    // only if nothing is known that is to be computed. Whoever runs the step adds num_tokens to each sequence's
+    // computed_tokens.
     std::span<const Chunk> schedule();
     const StepBatch& batch() const { return batch_; }
 
     bool has_work() const { return !running_.empty() || !waiting_.empty(); }
+    bool all_of(FunctionRef<bool(const Sequence&)> holds) const;
     int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
     int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
     int64_t num_preemptions() const { return num_preemptions_; }

@@ -35,7 +35,7 @@ struct Sequence {
 
     int64_t id;
     Request request;
-    std::vector<int32_t> token_ids;  // prompt, then generated
+    std::vector<int32_t> token_ids;  // prompt, then generated; a last one that is still to come is chosen_in_row
     int64_t num_prompt;
     int64_t max_new_tokens = 0;
     int64_t next_prompt_row = 0;  // prompt tokens [next_prompt_row, end_prompt_rows) still owe their row of logits
@@ -45,12 +45,15 @@ struct Sequence {
     int64_t computed_tokens = 0;   // in the cache
     std::vector<HeldBlocks> held;  // a paged group each
     std::optional<int32_t> state_slot;
+    bool host_chooses = false;  // a row was left to the host before, so no step runs ahead of its next token
 
     int64_t num_known() const { return static_cast<int64_t>(token_ids.size()); }
     int64_t num_generated() const { return num_known() - num_prompt; }
-    int64_t num_uncomputed() const { return num_known() - computed_tokens; }
+    // The last token of all is never read back.
+    int64_t num_uncomputed() const { return num_known() - (num_generated() > 0 && complete()) - computed_tokens; }
     bool decoding() const { return num_generated() > 0 && num_uncomputed() == 1; }
     bool complete() const { return num_generated() >= max_new_tokens; }
+    bool is_last(int64_t position) const { return position + 1 - num_prompt >= max_new_tokens; }
     std::span<const int32_t> generated_ids() const { return std::span(token_ids).subspan(num_prompt); }
 
     bool wants_prompt_row(int64_t position) const { return position >= next_prompt_row && position < end_prompt_rows; }

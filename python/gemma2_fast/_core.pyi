@@ -33,7 +33,9 @@ class PagedKvGroup:
     def table_width(self) -> int: ...
 
 class RecurrentStateGroup:
-    def __init__(self, *, layers: Sequence[int], width: int, conv_tail: int, num_slots: int) -> None: ...
+    def __init__(
+        self, *, layers: Sequence[int], width: int, conv_tail: int, num_slots: int, num_snapshots: int = 0
+    ) -> None: ...
     @property
     def layers(self) -> list[int]: ...
     @property
@@ -42,6 +44,8 @@ class RecurrentStateGroup:
     def conv_tail(self) -> int: ...
     @property
     def num_slots(self) -> int: ...
+    @property
+    def num_snapshots(self) -> int: ...
 
 class CachePlan:
     def __init__(
@@ -97,6 +101,16 @@ class SamplingParams:
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
     ) -> None: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
 
 class Request:
     """One prompt. With max_tokens 0 it only evaluates the prompt and ends with "length".
@@ -163,15 +177,28 @@ class StepBatch:
     @property
     def state_slot(self) -> step_batch.Ints: ...
     @property
+    def state_copies(self) -> step_batch.Ints: ...
+    @property
     def logits_token(self) -> step_batch.Ints: ...
 
 class ModelStep:
     """What a backend is to the decode loop."""
 
-class CallbackStep(ModelStep):
-    """Runs a Python callable as a model step. What it gets is this module's StepBatch, equal in fields."""
+    def run(self, batch: step_batch.StepBatch, vocab_size: int) -> NDArray[np.float32]:
+        """One step by hand, for tests: the logits [L, V] before the final soft cap. No loop may have this step."""
 
-    def __init__(self, callable: Callable[[step_batch.StepBatch], NDArray[np.float32]]) -> None: ...
+class CallbackStep(ModelStep):
+    """Runs a Python callable as a model step. What it gets is this module's StepBatch, equal in fields.
+
+    choose: from logits [L, V] and each row's parameters and index of the token to generate, the tokens [L], -1 where
+    the sampler has to; steps then run one ahead of what is known of their tokens.
+    """
+
+    def __init__(
+        self,
+        callable: Callable[[step_batch.StepBatch], NDArray[np.float32]],
+        choose: Callable[[NDArray[np.float32], list[tuple[SamplingParams, int]]], Sequence[int]] | None = None,
+    ) -> None: ...
 
 class DecodeLoop:
     """Schedules, runs and samples steps on a thread of its own. Any thread may call any method."""

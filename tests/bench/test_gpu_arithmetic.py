@@ -4,6 +4,7 @@ worked out by hand from the released configurations."""
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import pytest
 import torch
 
 from gemma2_fast.bench import gpu, traffic
-from gemma2_fast.bench.gpu_attention import num_pairs, num_splits
-from gemma2_fast.bench.gpu_bars import BARS, Bar, bars_of
-from gemma2_fast.bench.gpu_card import Card, relative_error, state
-from gemma2_fast.bench.gpu_cases import LINEAR, matrices
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_models import spec_of, step_bytes
-from gemma2_fast.bench.gpu_ops import whole_step
-from gemma2_fast.bench.gpu_rows import GpuRow, Missing, cells, row_of, tally, text_table
+from gemma2_fast.bench.gpu import models, ops, recurrent
+from gemma2_fast.bench.gpu.attention import num_pairs, num_splits
+from gemma2_fast.bench.gpu.bars import BARS, Bar, bars_of
+from gemma2_fast.bench.gpu.card import Card, alternate, relative_error, state
+from gemma2_fast.bench.gpu.cases import LINEAR, matrices
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.models import one_of_each, spec_of, step_bytes
+from gemma2_fast.bench.gpu.ops import whole_step
+from gemma2_fast.bench.gpu.recurrent import batches
+from gemma2_fast.bench.gpu.rows import GpuRow, Missing, cells, row_of, tally, text_table
 from gemma2_fast.bench.record import record, write_record
 from gemma2_fast.bench.report import markdown
 from gemma2_fast.cli import main
@@ -52,6 +55,38 @@ def test_bytes_of_a_decode_step(size: str, gb: float, gb_at_8k: float) -> None:
 @pytest.mark.parametrize(("size", "tflop"), [("2b", 33.2), ("9b", 136.4), ("27b", 426.7)])
 def test_operations_of_a_prompt(size: str, tflop: float) -> None:
     assert 8192 * traffic.block_operations(spec_of(size)) / 1e12 == pytest.approx(tflop, abs=0.06)
+
+
+def test_layers_that_are_compared_with_the_reference() -> None:
+    """A window and none; two recurrent layers and one of attention."""
+    assert [len(one_of_each(spec_of(size)).layers) for size in ("9b", "gemma-2b", "recurrentgemma-2b")] == [2, 1, 3]
+
+
+def test_batches_that_a_cache_holds() -> None:
+    """A sequence of RecurrentGemma 2B takes 65 pages of 512 KiB and a state of 0.74 MB: 100 of them 3.48 GB."""
+
+    def plan(limit_bytes: int) -> CachePlan:
+        return plan_cache(
+            spec_of("recurrentgemma-2b"), kv_dtype="bfloat16", max_seq_len=30_000, max_sequences=100,
+            max_step_tokens=2048, page_tokens=64, limit_bytes=limit_bytes,
+        )  # fmt: skip
+
+    assert batches(plan(3_490_000_000), 128) == [1, 2, 4, 8, 16, 32, 64]
+    assert batches(plan(3_490_000_000), 16) == [1, 2, 4, 8, 16]
+    assert batches(plan(2_000_000_000), 128) == [1, 2, 4, 8, 16, 32]
+
+
+def test_turns_begin_with_another_one_each_round() -> None:
+    calls: list[str] = []
+
+    def turn(name: str) -> list[float]:
+        calls.append(name)
+        return [float(len(calls))]
+
+    assert alternate({name: lambda name=name: turn(name) for name in "abc"}, 2) == {  # type: ignore[misc]
+        "a": [1, 6], "b": [2, 4], "c": [3, 5],
+    }  # fmt: skip
+    assert "".join(calls) == "abcbca"
 
 
 def test_pairs_that_attention_counts() -> None:
@@ -114,11 +149,11 @@ def test_tflops_of_attention_beside_its_bar() -> None:
         assert row.verdicts[0].met == met
 
 
-def matmul_row(size: str, matrix: str, microseconds: float) -> GpuRow:
+def matmul_row(size: str, matrix: str, microseconds: float, stored: str = "bfloat16") -> GpuRow:
     rows, cols = matrices(size)[matrix]
     limit = CEILINGS.bytes(2.0 * rows * cols)
     shape = f"{size} {matrix} [{rows}, {cols}] x 1"
-    return row_of("matmul bfloat16", shape, [microseconds / 1e6], limit=limit, peers={LINEAR: 2 * microseconds / 1e6})
+    return row_of(f"matmul {stored}", shape, [microseconds / 1e6], limit=limit, peers={LINEAR: 2 * microseconds / 1e6})
 
 
 def test_products_of_a_whole_step() -> None:
@@ -132,6 +167,14 @@ def test_products_of_a_whole_step() -> None:
     assert whole.ratio == pytest.approx(2)
     assert whole_step(rows[1:], CEILINGS, "2b", "bfloat16") is None
     assert whole_step(rows, CEILINGS, "9b", "bfloat16") is None
+
+
+def test_an_int4_step_has_an_int8_head() -> None:
+    layers = [matmul_row("2b", matrix, 10, "int4") for matrix in ("qkv", "output", "gate_up", "down")]
+    heads = [matmul_row("2b", "head", us, stored) for stored, us in (("int4", 1), ("int8", 50))]
+    whole = whole_step([*layers, *heads], CEILINGS, "2b", "int4")
+    assert whole is not None
+    assert (whole.what, whole.microseconds) == ("matmul int4", pytest.approx(26 * 40 + 50))
 
 
 def test_relative_error_sees_nan() -> None:
@@ -187,6 +230,16 @@ def test_without_a_gpu_it_fails_at_once(capsys: pytest.CaptureFixture[str], tmp_
     assert "measures a CUDA GPU, and torch" in capsys.readouterr().err
     assert not path.exists()
     assert state() == {}
+
+
+@pytest.mark.parametrize("part", [part for part in gpu.PARTS if part != "peers"])
+def test_transformers_are_for_peers_alone(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("peers", "decoders"):
+        monkeypatch.delitem(sys.modules, f"gemma2_fast.bench.gpu.{name}", raising=False)
+    for module, name in ((ops, "rows"), (recurrent, "rows"), (models, "decode_rows"), (models, "prefill_rows")):
+        monkeypatch.setattr(module, name, lambda *_: iter("measured"))
+    assert "".join(gpu.rows_of(part, H100, CEILINGS)) == "measured"  # type: ignore[arg-type]
 
 
 def test_without_torch_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

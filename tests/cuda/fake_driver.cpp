@@ -1,10 +1,11 @@
-// A stand-in for NVIDIA's driver library: device memory is host memory, streams run at once, graphs keep what was
-// captured, and kernels are run by a callback. Every call is written down. Every thread has a stack of contexts, and
-// what belongs to the device fails unless the device's own is on top.
+// A stand-in for NVIDIA's driver library: device memory is host memory, the one stream runs as late as it may, when
+// something waits for it, graphs keep what was captured, and kernels are run by a callback. Every call is written down.
+// Every thread has a stack of contexts, and what belongs to the device fails unless the device's own is on top.
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -35,6 +36,9 @@ std::map<std::string, std::pair<int, int>> failures;  // of a function: calls th
 std::map<CUdeviceptr, std::size_t> allocated;
 std::vector<std::unique_ptr<Function>> functions;
 std::vector<Work>* capturing = nullptr;
+std::deque<Work> queue;                         // of the stream
+uint64_t num_run = 0;                           // of all that was ever queued
+std::vector<std::unique_ptr<uint64_t>> events;  // how much had been queued when one was recorded
 int version = 13000, num_devices = 1;
 std::size_t memory_limit = std::size_t{1} << 40;
 int primary_context, num_retained = 0;
@@ -85,10 +89,23 @@ bool inside(CUdeviceptr address, std::size_t num_bytes) {
 }
 
 int enqueue(Work work) {
-    if (!capturing) return work();
-    capturing->push_back(std::move(work));
+    capturing ? capturing->push_back(std::move(work)) : queue.push_back(std::move(work));
     return CUDA_SUCCESS;
 }
+
+// After an error, the rest is dropped.
+int run_until(uint64_t end) {
+    int error = CUDA_SUCCESS;
+    while (num_run < end && !queue.empty()) {
+        const Work work = std::move(queue.front());
+        queue.pop_front();
+        ++num_run;
+        if (error == CUDA_SUCCESS) error = work();
+    }
+    return error;
+}
+
+int run_all() { return run_until(num_run + queue.size()); }
 
 }  // namespace
 
@@ -99,6 +116,7 @@ void fake_reset(RunKernel run) {
     run_kernel = run;
     calls.clear();
     fake_recover();
+    queue.clear();
     version = 13000;
     num_devices = 1;
     memory_limit = std::size_t{1} << 40;
@@ -191,6 +209,7 @@ CUresult cuMemAlloc_v2(CUdeviceptr* address, std::size_t num_bytes) {
     return CUDA_SUCCESS;
 }
 CUresult cuMemFree_v2(CUdeviceptr address) {
+    run_all();
     if (const int error = destroy("cuMemFree")) return error;
     allocated.erase(address);
     std::free(reinterpret_cast<void*>(address));
@@ -202,6 +221,7 @@ CUresult cuMemHostAlloc(void** pointer, std::size_t num_bytes, unsigned) {
     return CUDA_SUCCESS;
 }
 CUresult cuMemFreeHost(void* pointer) {
+    run_all();
     if (const int error = destroy("cuMemFreeHost")) return error;
     std::free(pointer);
     return CUDA_SUCCESS;
@@ -222,6 +242,14 @@ CUresult cuMemcpyDtoHAsync_v2(void* target, CUdeviceptr source, std::size_t num_
         return 0;
     });
 }
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, std::size_t num_bytes, CUstream) {
+    if (const int error = call_inside("cuMemcpyDtoDAsync", std::to_string(num_bytes))) return error;
+    if (!inside(target, num_bytes) || !inside(source, num_bytes)) return 700;
+    return enqueue([=] {
+        std::memcpy(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), num_bytes);
+        return 0;
+    });
+}
 CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, std::size_t num_bytes, CUstream) {
     if (const int error = call_inside("cuMemsetD8Async", std::to_string(num_bytes))) return error;
     if (!inside(target, num_bytes)) return 700;
@@ -234,8 +262,14 @@ CUresult cuStreamCreate(CUstream* stream, unsigned) {
     *stream = reinterpret_cast<CUstream>(&calls);
     return make("cuStreamCreate");
 }
-CUresult cuStreamDestroy_v2(CUstream) { return destroy("cuStreamDestroy"); }
-CUresult cuStreamSynchronize(CUstream) { return call_inside("cuStreamSynchronize"); }
+CUresult cuStreamDestroy_v2(CUstream) {
+    run_all();
+    return destroy("cuStreamDestroy");
+}
+CUresult cuStreamSynchronize(CUstream) {
+    const int error = run_all();
+    return error ? error : call_inside("cuStreamSynchronize");
+}
 CUresult cuStreamBeginCapture_v2(CUstream, int) {
     if (const int error = call_inside("cuStreamBeginCapture")) return error;
     capturing = new std::vector<Work>();
@@ -254,8 +288,7 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, uns
 }
 CUresult cuGraphLaunch(CUgraphExec executable, CUstream) {
     if (const int error = call_inside("cuGraphLaunch")) return error;
-    for (const Work& work : *reinterpret_cast<std::vector<Work>*>(executable))
-        if (const int error = work()) return error;
+    for (const Work& work : *reinterpret_cast<std::vector<Work>*>(executable)) queue.push_back(work);
     return CUDA_SUCCESS;
 }
 CUresult cuGraphExecDestroy(CUgraphExec executable) {
@@ -269,11 +302,19 @@ CUresult cuGraphDestroy(CUgraph graph) {
     return CUDA_SUCCESS;
 }
 CUresult cuEventCreate(CUevent* event, unsigned) {
-    *event = reinterpret_cast<CUevent>(&calls);
-    return make("cuEventCreate");
+    if (const int error = make("cuEventCreate")) return error;
+    events.push_back(std::make_unique<uint64_t>(0));
+    *event = reinterpret_cast<CUevent>(events.back().get());
+    return CUDA_SUCCESS;
 }
-CUresult cuEventRecord(CUevent, CUstream) { return call_inside("cuEventRecord"); }
-CUresult cuEventSynchronize(CUevent) { return call_inside("cuEventSynchronize"); }
+CUresult cuEventRecord(CUevent event, CUstream) {
+    *reinterpret_cast<uint64_t*>(event) = num_run + queue.size();
+    return call_inside("cuEventRecord");
+}
+CUresult cuEventSynchronize(CUevent event) {
+    const int error = run_until(*reinterpret_cast<uint64_t*>(event));
+    return error ? error : call_inside("cuEventSynchronize");
+}
 CUresult cuEventDestroy_v2(CUevent) { return destroy("cuEventDestroy"); }
 // An image is the kernel's symbol, a space, and how many parameters it has.
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {

@@ -11,10 +11,14 @@ from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
 from gemma2_fast.engine.device_weights import device_format, device_parts
 from gemma2_fast.engine.engine import core_cache_plan, core_spec
 from gemma2_fast.spec import AttentionSpec, ModelSpec
+from gemma2_fast.spec.families import spec_from_config
 from gemma2_fast.triton_kernels import build
+from gemma2_fast.triton_kernels.attention_decode import MOST_QUERIES, rows_for
 from gemma2_fast.triton_kernels.specialisation import Specialisation
 from gemma2_fast.weights.tensor import Tensor
 from tests.cuda.fake_gpu import FakeGpu
+from tests.golden import griffin_model
+from tests.support.checkpoints import random_weights
 from tests.support.tiny_models import TinyModel
 
 ARCH = 90
@@ -23,7 +27,7 @@ Blocks = Mapping[str, Mapping[str, int]]
 # Sizes of tiny models, in place of those that are compiled.
 SMALL_BLOCKS: Blocks = {
     "attention_prefill": {"TILE": 16, "BLOCK": 16},
-    "attention_decode": {"ROWS": 16, "BLOCK": 16},
+    "attention_decode": {"BLOCK": 16},
     "matmul": {"ROWS": 16, "COLS": 64},
     "sample_scan": {"BLOCK": 64},
     "sample_weigh": {"BLOCK": 64},
@@ -42,6 +46,16 @@ class SmallModel:
 
     spec: ModelSpec
     weights: Mapping[str, Tensor]
+
+
+def small_recurrent_model() -> SmallModel:
+    """Two recurrent layers and one of attention, whose window is eight keys."""
+    sizes = {
+        **{"hidden_size": 64, "lru_width": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 96},
+        **{"vocab_size": 512, "attention_window_size": 7, "num_hidden_layers": 3},
+    }
+    spec = spec_from_config({**griffin_model.config(), **sizes})
+    return SmallModel(spec, random_weights(spec, "BF16"))
 
 
 def small_kernels(spec: ModelSpec, blocks: Blocks = SMALL_BLOCKS) -> list[Specialisation]:
@@ -63,15 +77,25 @@ def _small(specialisation: Specialisation, attention: set[AttentionSpec], blocks
                 own["GROUP"] = mixer.num_query_heads // mixer.num_kv_heads
             else:
                 own["PAIRS"] = mixer.rope.rotated_dims // 2
-            yield dataclasses.replace(specialisation, constants={**constants, **own})
+            for rows in _decode_rows(specialisation.op, own):
+                yield dataclasses.replace(specialisation, constants={**constants, **own, **rows})
     else:
         yield dataclasses.replace(specialisation, constants=constants)
 
 
-def small_plan(spec: ModelSpec, max_seq_len: int = 64, max_sequences: int = 4, max_step_tokens: int = 16) -> CachePlan:
+def _decode_rows(op: str, own: Mapping[str, int]) -> list[dict[str, int]]:
+    """Of programs of decode attention: for one query a sequence, and for as many as any is compiled for."""
+    if op != "attention_decode":
+        return [{}]
+    return [{"ROWS": rows_for(own["GROUP"], queries)} for queries in (1, MOST_QUERIES)]
+
+
+def small_plan(
+    spec: ModelSpec, max_seq_len: int = 64, max_sequences: int = 4, max_step_tokens: int = 16, num_snapshots: int = 0
+) -> CachePlan:
     return plan_cache(
         spec, kv_dtype="bfloat16", max_seq_len=max_seq_len, max_sequences=max_sequences,
-        max_step_tokens=max_step_tokens, page_tokens=PAGE,
+        max_step_tokens=max_step_tokens, page_tokens=PAGE, num_snapshots=num_snapshots,
     )  # fmt: skip
 
 

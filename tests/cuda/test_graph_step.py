@@ -99,6 +99,16 @@ def test_a_batch_gives_the_tokens_of_its_members(gemma2: TinyModel, driver_libra
     assert len({tuple(tokens) for tokens in together}) == 3
 
 
+def test_a_step_starts_before_the_one_before_it_is_waited_for(gemma2: TinyModel, driver_library: Path) -> None:
+    gpu, loop = gpu_loop(gemma2, driver_library)
+    before = len(gpu.calls())
+    with loop:
+        loop.finish(loop.submit([2], max_tokens=4))
+    launch, wait = "cuGraphLaunch", "cuEventSynchronize"
+    calls = [call for call in gpu.calls()[before:] if call in (launch, wait)]
+    assert calls == [launch, launch, wait, launch, wait, launch, wait, wait]
+
+
 RULES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "whole row": {"temperature": 1.5, "seed": 5},

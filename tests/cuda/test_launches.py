@@ -87,6 +87,42 @@ def test_prefill_attends_in_tiles_of_ragged_sequences(gpu: FakeGpu, model: TinyM
     assert [launch.grid for launch in prefills] == [(3, 2, 1)] * LAYERS
 
 
+def attention(launches: list[Launch], gpu: FakeGpu) -> list[Launch]:
+    return [launch for launch in launches if gpu.specialisations[launch.symbol].op.startswith("attention_")]
+
+
+def test_a_new_prompt_has_no_keys_to_split(gpu: FakeGpu, model: TinyModel) -> None:
+    found = attention(launches_of_a_step(gpu, model, [2]), gpu)
+    assert ops(found, gpu) == LAYERS * ["attention_prefill"]
+
+
+@pytest.mark.parametrize(("tail", "rows"), [(5, 16), (6, 32), (10, 32), (11, None)])
+def test_the_last_few_tokens_of_a_prompt_split_its_keys(
+    gpu: FakeGpu, model: TinyModel, tail: int, rows: int | None
+) -> None:
+    """Three heads a query: programs of sixteen rows have room for five queries, those of 32 for ten."""
+    found = attention(launches_of_a_step(gpu, model, [32 + tail], max_step_tokens=32), gpu)[-LAYERS:]
+    assert ops(found, gpu) == LAYERS * ["attention_prefill" if rows is None else "attention_decode"]
+    if rows is None:
+        return
+    for launch in found:
+        assert gpu.specialisations[launch.symbol].constants["ROWS"] == rows
+        splits, kv_heads, sequences = launch.grid
+        parts, part_sums, arrivals = (int(launch.arguments[name]) for name in ("parts", "part_sums", "arrivals"))
+        programs = splits * kv_heads * sequences
+        assert parts + 4 * programs * rows * 16 <= part_sums
+        assert part_sums + 4 * programs * 2 * rows <= arrivals
+
+
+def test_a_split_has_as_many_keys_as_its_part_has_rows(driver_library: Path, tmp_path: Path) -> None:
+    """48 keys: three blocks of sixteen, each a split of a token's; seven tokens are 21 of 32 rows."""
+    model = tiny_model("gemma2", tmp_path, head_dim=16, num_hidden_layers=1, sliding_window=48)
+    for tail, splits in ((1, 3), (7, 2)):
+        gpu = FakeGpu(driver_library, small_kernels(model.spec), computes=False)
+        (launch,) = attention(launches_of_a_step(gpu, model, [32 + tail], max_step_tokens=32), gpu)[1:]
+        assert launch.grid == (splits, 2, 1)
+
+
 def test_shared_memory_beyond_the_usual_is_asked_for(gpu: FakeGpu, model: TinyModel) -> None:
     plan = small_plan(model.spec)
     gpu_step(gpu, model, plan, kernels=gpu.images(dynamic_shared_bytes=48 * 1024 - 1024))
@@ -110,6 +146,8 @@ FAILURES = (
     ("cuStreamEndCapture", 0, "ending a capture"),
     ("cuGraphInstantiate", 0, "making a graph of a step"),
     ("cuGraphLaunch", 0, "launching a graph"),
+    ("cuEventRecord", 0, "recording an event"),
+    ("cuEventSynchronize", 0, "waiting for the device"),
     ("cuStreamSynchronize", 0, "waiting for the device"),
 )
 
@@ -140,7 +178,7 @@ def test_a_failed_step_is_over_before_the_next_one(gpu: FakeGpu, model: TinyMode
     ("function", "doing"),
     [
         ("cuMemAlloc", "bytes of device memory for weights, cache and activations"),
-        ("cuMemHostAlloc", "bytes of host memory for chosen tokens"),
+        ("cuMemHostAlloc", "bytes of host memory for the inputs of a step"),
     ],
 )
 def test_memory_runs_out(gpu: FakeGpu, model: TinyModel, function: str, doing: str) -> None:

@@ -9,22 +9,15 @@ import pytest
 import torch
 
 from gemma2_fast.reference.model import ReferenceModel
-from gemma2_fast.spec.families import spec_from_config
 from tests.cuda.fake_gpu import FakeGpu, teach_bfloat16
 from tests.cuda.loop import Loop
-from tests.cuda.models import SmallModel, gpu_step, small_kernels, small_plan
-from tests.golden.griffin_model import config
-from tests.support.checkpoints import random_weights
+from tests.cuda.models import SmallModel, gpu_step, small_kernels, small_plan, small_recurrent_model
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # of the gate of a large negative number
 ]
 
-SIZES = {
-    **{"hidden_size": 64, "lru_width": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 96},
-    **{"vocab_size": 512, "attention_window_size": 7},
-}
 STEP_DIFFERENCE = 0.02  # of log-probabilities
 
 
@@ -35,9 +28,7 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> SmallModel:
-    """Two recurrent layers and one of attention."""
-    spec = spec_from_config({**config(), **SIZES, "num_hidden_layers": 3})
-    return SmallModel(spec, random_weights(spec, "BF16"))
+    return small_recurrent_model()
 
 
 def ids(count: int, seed: int = 0) -> list[int]:

@@ -18,8 +18,10 @@ PATTERN = "RRARRARR"
 # A head has 16 dims, 8 of them turned: their frequencies 1, 0.1, 0.01 and 0.001 are the same however they are computed.
 HEAD_DIM = WIDTH // NUM_HEADS
 
-# Shorter than the window, longer, and two documents; their tokens are drawn.
+# Shorter than the window, longer, and two documents.
 SHORT, LONG, DOCUMENTS = 12, 75, (23, 31)
+# Their tokens are drawn such that generation neither begins to repeat itself nor has a close choice.
+SEEDS = {"short": 279, "long": 210, "first": 1, "second": 2}
 # The tokens whose logits are kept; the last few of "packed" belong to the second document.
 ROWS = {
     "short": [0, 1, 4, 11],
@@ -27,14 +29,17 @@ ROWS = {
     "packed": [0, 22, 23, 24, 40, 53],
     "batch": [2, 11],
 }
-NEW_TOKENS = 200
+GENERATED = ("short", "long", "batch")  # cases whose prompts are gone on with
+NEW_TOKENS = 300
 
 
 def tokens() -> dict[str, NDArray[np.int64]]:
     """Name → ids."""
-    rng = np.random.RandomState(1)
     lengths = {"short": SHORT, "long": LONG, "first": DOCUMENTS[0], "second": DOCUMENTS[1]}
-    return {name: rng.randint(3, VOCAB_SIZE, length).astype(np.int64) for name, length in lengths.items()}
+    return {
+        name: np.random.RandomState(SEEDS[name]).randint(3, VOCAB_SIZE, length).astype(np.int64)
+        for name, length in lengths.items()
+    }
 
 
 def config() -> dict[str, Any]:

@@ -5,7 +5,8 @@ In an environment of its own, because the package pins old versions:
     python -m tests.golden.make_recurrent_gemma [--check]        # from the root of the repository
 
 Kept are float64 logits, the distance of a float32 run from them, and the tokens that a float32 run generates with
-DeepMind's cache. For float64 the casts to float32 inside softmax and recurrence are left out.
+DeepMind's cache, with how far the best two logits of each are apart at least. For float64 the casts to float32 inside
+softmax and recurrence are left out.
 """
 
 from __future__ import annotations
@@ -69,15 +70,22 @@ def logits(made: Any, rows: list[np.ndarray], positions: list[np.ndarray]) -> np
     return np.asarray(out.numpy())
 
 
-def generated(made: Any, ids: np.ndarray) -> list[int]:
-    """Greedy tokens: the prompt in one call, then one token a call, as DeepMind's sampler does."""
-    out, cache = made(torch.tensor(ids[None]), torch.arange(len(ids))[None])
-    new = [int(out[0, -1].argmax())]
+def generated(made: Any, rows: list[np.ndarray], positions: list[np.ndarray]) -> np.ndarray:
+    """Greedy tokens [batch, N]: the prompts in one call, then one token a call, as DeepMind's sampler does."""
+    at = torch.tensor(np.stack(positions))
+    out, cache = made(torch.tensor(np.stack(rows)), at)
+    new = [out[:, -1:].argmax(-1)]
     while len(new) < model.NEW_TOKENS:
-        at = torch.tensor([[len(ids) + len(new) - 1]])
-        out, cache = made(torch.tensor([new[-1:]]), at, cache)
-        new.append(int(out[0, -1].argmax()))
-    return new
+        at = at[:, -1:] + 1
+        out, cache = made(new[-1], at, cache)
+        new.append(out.argmax(-1))
+    return np.asarray(torch.cat(new, 1).numpy())
+
+
+def smallest_gap(exact: np.ndarray) -> np.ndarray:
+    """Between the best logit of a row and the next one."""
+    second, best = np.moveaxis(np.sort(exact)[..., -2:], -1, 0)
+    return np.asarray((best - second).min())
 
 
 def golden() -> dict[str, np.ndarray]:
@@ -93,14 +101,23 @@ def golden() -> dict[str, np.ndarray]:
     }
     kept = {}
     with torch.no_grad():
-        plain_model = griffin(torch.float32)
-        for name, (rows, positions) in cases.items():
+        exact_model, plain_model = griffin(torch.float64), griffin(torch.float32)
+
+        def both(rows: list[np.ndarray], positions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             with KeepFloat64():
-                exact = logits(griffin(torch.float64), rows, positions)
-            plain = logits(plain_model, rows, positions)
+                exact = logits(exact_model, rows, positions)
+            return exact, np.abs(logits(plain_model, rows, positions) - exact).max()
+
+        for name, (rows, positions) in cases.items():
+            exact, kept[f"{name}_float32_error"] = both(rows, positions)
             kept[name] = exact[:, model.ROWS[name]]
-            kept[f"{name}_float32_error"] = np.abs(plain - exact).max()
-        kept["generated"] = np.array(generated(plain_model, long), dtype=np.int16)
+        for name in model.GENERATED:
+            rows, positions = cases[name]
+            new = generated(plain_model, rows, positions)
+            whole = np.concatenate([np.stack(rows), new[:, :-1]], 1)
+            exact, kept[f"{name}_generated_float32_error"] = both(list(whole), [np.arange(whole.shape[1])] * len(rows))
+            kept[f"{name}_generated"] = new.astype(np.int16)
+            kept[f"{name}_smallest_gap"] = smallest_gap(exact[:, -model.NEW_TOKENS :])
     return kept
 
 
@@ -111,11 +128,15 @@ def main() -> None:
             assert set(stored) == set(made), (set(stored), set(made))
             for name, values in made.items():
                 np.testing.assert_allclose(stored[name], values, rtol=1e-9 if values.ndim > 1 else 0.5, err_msg=name)
-            assert np.array_equal(stored["generated"], made["generated"])
+            for name in model.GENERATED:
+                assert np.array_equal(stored[f"{name}_generated"], made[f"{name}_generated"])
         print(f"{FILE} is what DeepMind's code gives")
     else:
         np.savez_compressed(FILE, **made)
-        print(f"{FILE}: {FILE.stat().st_size} bytes, {len(set(made['generated'].tolist()))} distinct tokens generated")
+        print(f"{FILE}: {FILE.stat().st_size} bytes")
+        for name in model.GENERATED:
+            gap, error = made[f"{name}_smallest_gap"], made[f"{name}_generated_float32_error"]
+            print(f"{name}: the best two logits of a token are at least {gap:.1e} apart, float32 errs by {error:.1e}")
 
 
 if __name__ == "__main__":

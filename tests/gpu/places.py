@@ -17,7 +17,7 @@ GPU_WANTED = os.environ.get("GEMMA2_FAST_GPU") == "1"  # set by `make gpu`
 # Of an op in the interpreter, in place of tuning.json.
 SMALL_BLOCKS = {
     "attention_prefill": {"tile": 16, "block": 16},
-    "attention_decode": {"rows": 16, "block": 16},
+    "attention_decode": {"block": 16},
     "matmul": {"rows": 16, "cols": 128},
     "matmul_tiled": {"tile_tokens": 16, "tile_rows": 32, "cols": 128},
 }
@@ -46,7 +46,7 @@ class Place:
         return torch.full(shape, torch.nan, dtype=dtype or self.dtype, device=self.device)
 
     def sizes(self, op: str, **shape: int) -> dict[str, int]:
-        """Of blocks, and of warps and stages, as arguments of the op's launcher."""
+        """Of blocks, and of warps and stages, as arguments of the op's launcher. shape: as tuning.json names it."""
         if self is INTERPRETER:
             return dict(SMALL_BLOCKS[op])
         major, minor = torch.cuda.get_device_capability()

@@ -102,12 +102,13 @@ def attention(
     cap: float | None = None,
     window: int | None = None,
     cap_after_mask: bool = False,
+    sees_ahead: int = 0,
 ) -> Floats:
     """queries: [T, G, D]; keys, values: [positions, D]; each query sees its window of positions up to its own."""
     number = queries.dtype.type
     position = first_position + np.arange(len(queries))[:, None, None]
     key = np.arange(len(keys))[None, None, :]
-    visible = key <= position
+    visible = key <= position + sees_ahead
     if window is not None:
         visible &= key > position - window
     scores = (queries @ keys.T) * number(scale)

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -35,10 +36,11 @@ void require(bool holds, const std::string& what) {
     std::abort();
 }
 
-// Pages hold tokens and their positions; the next token depends on every token the window lets a query see.
+// Pages hold tokens and their positions; the next token depends on every token the window lets a query see. One that
+// chooses leaves every seventh row to the host, and tells of failures when it is finished.
 class HistoryStep : public ModelStep {
   public:
-    explicit HistoryStep(const CachePlan& plan) : plan_(plan) {
+    HistoryStep(const CachePlan& plan, bool chooses) : plan_(plan), chooses_(chooses) {
         for (const PagedKvGroup& group : plan.paged) pages_.emplace_back(group.num_blocks * kPageTokens);
     }
 
@@ -60,7 +62,46 @@ class HistoryStep : public ModelStep {
         }
     }
 
+    bool can_choose() const override { return chooses_; }
+
+    void start(const StepBatch& batch, std::span<const TokenChoice> choices) override {
+        StepBatch known = batch;
+        for (int32_t& token : known.token_ids)
+            if (token < 0) token = std::max(started_.back().tokens.at(row_of_chosen(token)), 0);
+        require(started_.size() < 2, "three steps were started");
+        Started step{std::vector<int32_t>(choices.size()), !started_.empty() && started_.back().failed};
+        logits_.resize(choices.size() * kVocab);
+        try {
+            if (!step.failed) run(known, logits_);
+        } catch (const std::runtime_error&) {
+            step.failed = true;
+        }
+        for (std::size_t row = 0; row < choices.size(); ++row) {
+            const auto first = logits_.begin() + static_cast<std::ptrdiff_t>(row * kVocab);
+            step.tokens[row] = ++num_chosen_ % 7 == 0 || step.failed
+                                   ? kHostChooses
+                                   : static_cast<int32_t>(std::max_element(first, first + kVocab) - first);
+        }
+        started_.push_back(std::move(step));
+    }
+
+    void finish(std::span<int32_t> tokens) override {
+        const Started step = std::move(started_.front());
+        started_.pop_front();
+        if (step.failed) {
+            started_.clear();
+            throw std::runtime_error("a token that this step cannot take");
+        }
+        std::ranges::copy(step.tokens, tokens.begin());
+    }
+
+    void copy_logits(std::span<float> logits) override { std::ranges::copy(logits_, logits.begin()); }
+
   private:
+    struct Started {
+        std::vector<int32_t> tokens;
+        bool failed;
+    };
     struct Entry {
         int32_t position = -1;
         int32_t token = -1;
@@ -85,6 +126,10 @@ class HistoryStep : public ModelStep {
     }
 
     CachePlan plan_;
+    bool chooses_;
+    int64_t num_chosen_ = 0;
+    std::deque<Started> started_;
+    std::vector<float> logits_;
     std::vector<std::vector<Entry>> pages_;
 };
 
@@ -169,10 +214,10 @@ void run_stream(DecodeLoop& loop, DecodeLoop& unloaded, std::mutex& unloaded_tur
     }
 }
 
-void check_concurrent_streams(int num_rounds) {
+void check_concurrent_streams(int num_rounds, bool chooses) {
     const CachePlan plan = small_plan();
-    DecodeLoop loop(std::make_shared<HistoryStep>(plan), plan, {8, 24, kMaxSeqLen, 16, kVocab, std::nullopt});
-    DecodeLoop unloaded(std::make_shared<HistoryStep>(plan), plan,
+    DecodeLoop loop(std::make_shared<HistoryStep>(plan, chooses), plan, {8, 24, kMaxSeqLen, 16, kVocab, std::nullopt});
+    DecodeLoop unloaded(std::make_shared<HistoryStep>(plan, false), plan,
                         {1, kMaxSeqLen, kMaxSeqLen, kMaxSeqLen, kVocab, std::nullopt});
     std::mutex unloaded_turn;
     std::vector<std::thread> streams;
@@ -193,7 +238,8 @@ void check_concurrent_streams(int num_rounds) {
 void check_close_while_busy() {
     for (int round = 0; round < 20; ++round) {
         const CachePlan plan = small_plan();
-        DecodeLoop loop(std::make_shared<HistoryStep>(plan), plan, {8, 24, kMaxSeqLen, 16, kVocab, std::nullopt});
+        DecodeLoop loop(std::make_shared<HistoryStep>(plan, round % 2 == 1), plan,
+                        {8, 24, kMaxSeqLen, 16, kVocab, std::nullopt});
         std::vector<std::thread> streams;
         std::atomic<int> num_refused = 0;
         for (int stream = 0; stream < kStreams; ++stream)
@@ -241,7 +287,7 @@ void check_block_pool() {
 int main(int argc, char** argv) {
     const int num_rounds = argc > 1 ? std::atoi(argv[1]) : 150;
     check_block_pool();
-    check_concurrent_streams(num_rounds);
+    for (const bool chooses : {false, true}) check_concurrent_streams(num_rounds, chooses);
     check_close_while_busy();
     std::puts("decode_loop_stress: clean");
 }

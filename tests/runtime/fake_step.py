@@ -82,6 +82,9 @@ def expected_greedy(
 class FakeStep:
     groups: Sequence[Group]
     num_slots: int = 0
+    host_every: int | None = None  # every so many rows `choose` leaves to the host
+    num_rows_chosen: int = 0
+    num_snapshots: int = 0  # the last of the slots
     steps: list[tuple[int, int]] = field(default_factory=list)  # tokens and rows of logits of each
     faults: list[str] = field(default_factory=list)
 
@@ -94,7 +97,9 @@ class FakeStep:
     def plan(self) -> _core.CachePlan:
         recurrent = None
         if self.num_slots:
-            recurrent = _core.RecurrentStateGroup(layers=[1], width=1, conv_tail=3, num_slots=self.num_slots)
+            recurrent = _core.RecurrentStateGroup(
+                layers=[1], width=1, conv_tail=3, num_slots=self.num_slots, num_snapshots=self.num_snapshots
+            )
         return _core.CachePlan(
             page_tokens=PAGE_TOKENS, paged=[group.core() for group in self.groups], recurrent=recurrent
         )
@@ -125,6 +130,16 @@ class FakeStep:
                 rows.append(next_logits(visible, states[row - first]) * (np.float32("nan") if damaged else 1))
         return np.stack(rows) if rows else np.empty((0, VOCAB_SIZE), np.float32)
 
+    def choose(self, logits: NDArray[np.float32], rules: Sequence[tuple[_core.SamplingParams, int]]) -> list[int]:
+        """Greedy alone; a row without numbers is the host's."""
+        assert all(params.temperature == 0 for params, _ in rules)
+        tokens = []
+        for row in logits:
+            self.num_rows_chosen += 1
+            to_host = bool(self.host_every) and self.num_rows_chosen % (self.host_every or 1) == 0
+            tokens.append(-1 if to_host or np.isnan(row).any() else int(np.argmax(row)))
+        return tokens
+
     def _check_shape(self, batch: StepBatch) -> None:
         num_sequences = len(batch.context_tokens)
         assert batch.first_token[0] == 0, "first_token begins elsewhere"
@@ -141,6 +156,8 @@ class FakeStep:
             assert np.all((held >= 0) & (held < group.num_blocks)), "block id outside the pool"
         assert len(batch.state_slot) == (num_sequences if self.num_slots else 0), "state slots"
         assert len(set(batch.state_slot.tolist())) == len(batch.state_slot), "two sequences share a state slot"
+        assert np.all(batch.state_slot < self.num_slots - self.num_snapshots), "a sequence in the slot of a snapshot"
+        assert batch.state_copies.shape == (0, 2), "the loop copies no states"
 
     def _advance_state(self, batch: StepBatch, s: int, context: int, tokens: list[int]) -> list[int]:
         if not self.num_slots:

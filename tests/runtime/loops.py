@@ -39,6 +39,7 @@ def running(
     max_step_tokens: int = 64,
     max_logits_rows: int = 64,
     run: Callable[[StepBatch], NDArray[np.float32]] | None = None,
+    chooses: bool = False,
 ) -> Iterator[_core.DecodeLoop]:
     limits = _core.Limits(
         max_running_sequences=max_running,
@@ -47,7 +48,8 @@ def running(
         max_logits_rows=max_logits_rows,
         vocab_size=VOCAB_SIZE,
     )
-    loop = _core.DecodeLoop(_core.CallbackStep(run or step.run), step.plan(), limits)
+    core_step = _core.CallbackStep(run or step.run, step.choose if chooses else None)
+    loop = _core.DecodeLoop(core_step, step.plan(), limits)
     try:
         yield loop
     finally:

@@ -55,6 +55,20 @@ def test_recurrent_layers_have_slots_instead_of_pages() -> None:
     assert plan.recurrent.slot_bytes() == 18 * 2560 * 4 * 4
 
 
+def test_snapshots_are_slots_and_bytes_beside_those_of_sequences() -> None:
+    spec = spec_from_config(RELEASED["recurrentgemma-2b"][0])
+    sizes = {"kv_dtype": "bfloat16", "max_seq_len": 8192, "max_sequences": 3, "max_step_tokens": 1}
+    plain, plan = plan_cache(spec, **sizes), plan_cache(spec, **sizes, num_snapshots=5)
+    assert plan.recurrent is not None
+    assert (plan.recurrent.num_slots, plan.recurrent.num_snapshots) == (8, 5)
+    assert plan.num_bytes - plain.num_bytes == 5 * plan.recurrent.slot_bytes()
+    assert plan_cache(TWO_B, **sizes, num_snapshots=5) == plan_cache(TWO_B, **sizes)
+    limit = plan.num_bytes - 1  # pages give way, snapshots do not
+    cut = plan_cache(spec, **sizes, num_snapshots=5, limit_bytes=limit)
+    assert cut.recurrent == plan.recurrent
+    assert cut.num_bytes <= limit
+
+
 def test_a_cut_plan_fits_the_limit_and_still_holds_one_whole_sequence() -> None:
     one = plan_cache(TWO_B, kv_dtype="float32", max_seq_len=8192, max_sequences=1, max_step_tokens=512).num_bytes
     limit = int(2.5 * one)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gemma2_fast import _core
 from gemma2_fast.engine.step_batch import StepBatch
-from gemma2_fast.errors import RequestError
+from gemma2_fast.errors import CapacityError, RequestError
 
 from .fake_step import (
     PAGE_TOKENS,
@@ -61,12 +61,13 @@ def test_min_tokens_puts_the_stop_off() -> None:
         assert (ids_of(events), events[-1].finish_reason) == ([10, 11, 12, 50], "stop")
 
 
+@pytest.mark.parametrize("chooses", [False, True])
 @pytest.mark.parametrize("max_step_tokens", [1, 7, 64, MAX_SEQ_LEN])
 @pytest.mark.parametrize("length", [1, PAGE_TOKENS, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3, 61])
-def test_chunks_do_not_change_the_ids(length: int, max_step_tokens: int) -> None:
+def test_chunks_do_not_change_the_ids(length: int, max_step_tokens: int, chooses: bool) -> None:
     groups = two_groups(max_step_tokens, sequences=1)
     step = FakeStep(groups, num_slots=1)
-    with running(step, max_step_tokens=max_step_tokens) as loop:
+    with running(step, max_step_tokens=max_step_tokens, chooses=chooses) as loop:
         events = collect(loop, loop.submit(greedy(prompt_of(length), 35)))
         assert ids_of(events) == expected_greedy(prompt_of(length), 35, groups, recurrent=True)
         assert max(tokens for tokens, _ in step.steps) == min(length, max_step_tokens)
@@ -74,12 +75,25 @@ def test_chunks_do_not_change_the_ids(length: int, max_step_tokens: int) -> None
         assert_all_free(loop)
 
 
+def test_slots_of_snapshots_are_no_sequences() -> None:
+    """Room for two sequences beside two snapshots: the third waits."""
+    groups = two_groups(16)
+    step = FakeStep(groups, num_slots=4, num_snapshots=2)
+    with running(step, max_step_tokens=16) as loop:
+        ids = [loop.submit(greedy(prompt_of(9, i), 30)) for i in range(3)]
+        for i, sequence_id in enumerate(ids):
+            assert ids_of(collect(loop, sequence_id)) == expected_greedy(prompt_of(9, i), 30, groups, recurrent=True)
+    with pytest.raises(CapacityError, match="between 1 and"), running(FakeStep(groups, num_slots=2, num_snapshots=2)):
+        pass
+
+
+@pytest.mark.parametrize("chooses", [False, True])
 @pytest.mark.parametrize("max_step_tokens", [3, 7, 64])
-def test_a_ragged_batch_gives_the_ids_of_single_runs(max_step_tokens: int) -> None:
+def test_a_ragged_batch_gives_the_ids_of_single_runs(max_step_tokens: int, chooses: bool) -> None:
     groups = two_groups(max_step_tokens)
     step = FakeStep(groups, num_slots=5)
     lengths = [1, 40, 3, 23, 1, 11, 60, 17]
-    with running(step, max_step_tokens=max_step_tokens) as loop:
+    with running(step, max_step_tokens=max_step_tokens, chooses=chooses) as loop:
         ids = [loop.submit(greedy(prompt_of(n, i), 30)) for i, n in enumerate(lengths)]
         for i, (sequence_id, n) in enumerate(zip(ids, lengths, strict=True)):
             events = collect(loop, sequence_id)
@@ -88,10 +102,11 @@ def test_a_ragged_batch_gives_the_ids_of_single_runs(max_step_tokens: int) -> No
         assert_all_free(loop)
 
 
-def test_a_pool_for_two_of_eight() -> None:
+@pytest.mark.parametrize(("chooses", "host_every"), [(False, None), (True, None), (True, 13)])
+def test_a_pool_for_two_of_eight(chooses: bool, host_every: int | None) -> None:
     groups = two_groups(16, sequences=2)
-    step = FakeStep(groups, num_slots=8)
-    with running(step, max_step_tokens=16) as loop:
+    step = FakeStep(groups, num_slots=8, host_every=host_every)
+    with running(step, max_step_tokens=16, chooses=chooses) as loop:
         ids = [loop.submit(greedy(prompt_of(20 + i, i), 60)) for i in range(8)]
         for i, sequence_id in enumerate(ids):
             events = collect(loop, sequence_id)

@@ -30,6 +30,7 @@ class Load:
     max_tokens: int
     wants_prompt: bool
     cancel_after: int | None  # events of this sequence until it is cancelled; 0 before any
+    stop_at: int | None  # the generated token that is a stop token
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Machine:
     max_running: int
     max_step_tokens: int
     max_logits_rows: int
+    chooses: bool  # tokens, in the step
+    host_every: int | None
 
     def groups(self) -> list[Group]:
         groups = []
@@ -56,6 +59,7 @@ loads = st.builds(
     max_tokens=st.integers(0, 14),
     wants_prompt=st.booleans(),
     cancel_after=st.none() | st.integers(0, 4),
+    stop_at=st.none() | st.integers(0, 13),
 )
 windows = st.none() | st.integers(1, 13)
 machines = st.integers(1, 2).flatmap(
@@ -67,15 +71,17 @@ machines = st.integers(1, 2).flatmap(
         max_running=st.integers(1, 6),
         max_step_tokens=st.integers(1, 24),
         max_logits_rows=st.integers(1, 12),
+        chooses=st.booleans(),
+        host_every=st.none() | st.integers(1, 9),
     )
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(machine=machines, load=st.lists(loads, min_size=1, max_size=8))
 def test_any_load_on_any_machine(machine: Machine, load: list[Load]) -> None:
     groups = machine.groups()
-    step = FakeStep(groups, num_slots=machine.num_slots)
+    step = FakeStep(groups, num_slots=machine.num_slots, host_every=machine.host_every)
     limits = _core.Limits(
         max_running_sequences=machine.max_running,
         max_step_tokens=machine.max_step_tokens,
@@ -83,13 +89,22 @@ def test_any_load_on_any_machine(machine: Machine, load: list[Load]) -> None:
         max_logits_rows=machine.max_logits_rows,
         vocab_size=VOCAB_SIZE,
     )
-    loop = _core.DecodeLoop(_core.CallbackStep(step.run), step.plan(), limits)
+    answers = [
+        expected_greedy(prompt_of(one.prompt_tokens, i), one.max_tokens, groups, machine.num_slots > 0)
+        for i, one in enumerate(load)
+    ]
+    stops = [
+        answer[one.stop_at : one.stop_at + 1] if one.stop_at is not None else []
+        for one, answer in zip(load, answers, strict=True)
+    ]
+    core_step = _core.CallbackStep(step.run, step.choose if machine.chooses else None)
+    loop = _core.DecodeLoop(core_step, step.plan(), limits)
     try:
         ids = [
             loop.submit(
                 _core.Request(
                     token_ids=prompt_of(one.prompt_tokens, i),
-                    sampling=_core.SamplingParams(max_tokens=one.max_tokens),
+                    sampling=_core.SamplingParams(max_tokens=one.max_tokens, stop_token_ids=stops[i]),
                     num_prompt_logprobs=0 if one.wants_prompt else None,
                 )
             )
@@ -106,10 +121,13 @@ def test_any_load_on_any_machine(machine: Machine, load: list[Load]) -> None:
                 if one.cancel_after:
                     loop.cancel(sequence_id)
                 events += collect(loop, sequence_id)
-            exact = expected_greedy(prompt_of(one.prompt_tokens, i), one.max_tokens, groups, machine.num_slots > 0)
+            exact = answers[i]
+            if stops[i]:
+                exact = exact[: exact.index(stops[i][0]) + 1]
             scores = [row.token_id for event in events for row in event.prompt_logprobs]
             all_scores = prompt_of(one.prompt_tokens, i)[1:] if one.wants_prompt else []
-            if events[-1].finish_reason == "length":
+            if events[-1].finish_reason in ("length", "stop"):
+                assert (events[-1].finish_reason == "stop") == bool(stops[i])
                 assert ids_of(events) == exact
                 assert scores == all_scores
             else:

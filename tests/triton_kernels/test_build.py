@@ -23,17 +23,18 @@ from gemma2_fast.triton_kernels.tuning import tuned
 from tests.triton_kernels.compiler import Result, compile_named, compilers
 
 
-def largest(op: str, arch: int) -> str:
+def largest(op: str, arch: int, **constants: int) -> str:
     """The specialisation with most of its constants switched on: a cap, a window, a norm, several tokens."""
-    return max(
-        build.needed(arch, [op]), key=lambda s: sum(s.constants.values()) + 10**6 * s.constants.get("TOKENS", 0)
-    ).name
+    chosen = [s for s in build.needed(arch, [op]) if constants.items() <= s.constants.items()]
+    return max(chosen, key=lambda s: sum(s.constants.values()) + 10**6 * s.constants.get("TOKENS", 0)).name
 
 
-# Everything for one target, one of each op for the others.
+# Everything for one target, one of each op for the others, and of decode attention one of each number of rows.
 FULL = build.SPILLS_CHECKED_ON
+OTHERS = [arch for arch in build.TARGETS if arch != FULL]
 CASES = [(s.name, FULL) for s in build.needed(FULL)]
-CASES += [(largest(op, arch), arch) for arch in build.TARGETS if arch != FULL for op in build.OPS]
+CASES += [(largest(op, arch), arch) for arch in OTHERS for op in build.OPS]
+CASES += [(largest("attention_decode", arch, ROWS=rows), arch) for arch in OTHERS for rows in (16, 32, 64)]
 MATMUL_INT8 = "matmul_format1_biased0_geglu0_gather0_tokens1_group128_rows8_cols1024_bf16_i32_i8_u8_fp32"
 MATMUL_INT4 = "matmul_format2_biased0_geglu0_gather0_tokens1_group128_rows8_cols2048_bf16_i32_u8_fp32"
 PREFILL = "attention_prefill_capped{}_windowed1_group2_head_dim256_page64_tile128_block32_bf16_i32"
@@ -85,15 +86,15 @@ def test_a_cap_is_one_instruction(compilation: Compilation, op: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "op",
+    "name",
     [
-        *("conv1d", "geglu", "matmul", "matmul_tiled", "rg_lru_gates", "rms_norm"),
-        *("attention_prefill", "attention_decode"),
+        *(largest(op, FULL) for op in ("conv1d", "geglu", "matmul", "matmul_tiled", "rg_lru_gates", "rms_norm")),
+        *(PREFILL.format(1), DECODE.format(1), largest("attention_decode", FULL)),
     ],
 )
-def test_loads_are_wide(compilation: Compilation, op: str) -> None:
+def test_loads_are_wide(compilation: Compilation, name: str) -> None:
     """Sixteen bytes a thread: what the promises of alignment are for."""
-    ptx = compilation.of(largest(op, FULL), FULL).ptx
+    ptx = compilation.of(name, FULL).ptx
     assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.shared\.global", ptx)
 
 
@@ -114,6 +115,7 @@ def test_int4_codes_become_numbers_without_a_conversion(compilation: Compilation
 def test_products_run_on_the_matrix_units(compilation: Compilation) -> None:
     assert "wgmma.mma_async" in compilation.of(PREFILL.format(1), FULL).ptx
     assert "mma.sync" in compilation.of(DECODE.format(1), FULL).ptx
+    assert "wgmma.mma_async" in compilation.of(largest("attention_decode", FULL, ROWS=64), FULL).ptx
     assert "mma" in compilation.of(largest("matmul", FULL), FULL).ptx
     assert "wgmma.mma_async" in compilation.of(largest("rg_lru_gates", FULL), FULL).ptx
     assert "mma.sync" in compilation.of(largest("rg_lru_step", FULL), FULL).ptx
@@ -174,11 +176,12 @@ def test_only_weights_are_loaded_before_the_wait(compilation: Compilation) -> No
 def test_splits_meet_behind_a_barrier(compilation: Compilation) -> None:
     """The interpreter runs one program after another, so only this shows that all threads have stored their part before
     one reports it, whoever put the barrier there, and that parts are read past the first-level cache."""
-    before, atomic, after = compilation.of(DECODE.format(1), FULL).ptx.partition("atom.global.gpu.acq_rel")
-    assert atomic
-    stored = before.rpartition("st.global")[2]
-    assert "bar.sync" in stored
-    assert "ld.global.cg" in after
+    for name in (DECODE.format(1), largest("attention_decode", FULL)):
+        before, atomic, after = compilation.of(name, FULL).ptx.partition("atom.global.gpu.acq_rel")
+        assert atomic
+        stored = before.rpartition("st.global")[2]
+        assert "bar.sync" in stored
+        assert "ld.global.cg" in after
 
 
 def run_build(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -37,12 +37,16 @@ class PagedKv:
 
 @dataclass(frozen=True)
 class RecurrentState:
-    """A fixed-size state a sequence: float32 recurrence [width] and the last conv_tail convolution inputs, a layer."""
+    """A fixed-size state a slot: float32 recurrence [width] and the last conv_tail convolution inputs, a layer.
+
+    The last num_snapshots of the slots are no sequence's: states are copied there and back by a batch's state_copies.
+    """
 
     layers: tuple[int, ...]
     width: int
     conv_tail: int
     num_slots: int
+    num_snapshots: int
 
     def slot_bytes(self) -> int:
         return len(self.layers) * self.width * (1 + self.conv_tail) * 4
@@ -76,11 +80,13 @@ def plan_cache(
     max_step_tokens: int,
     page_tokens: int = PAGE_TOKENS,
     limit_bytes: int | None = None,
+    num_snapshots: int = 0,
 ) -> CachePlan:
     """Size the cache so that every sequence can reach `max_seq_len`; with `limit_bytes`, cut the pools to fit.
 
     A cut plan holds fewer pages than all sequences could ask for, which the scheduler answers by preemption, but
     always enough for one sequence of full length. CapacityError when not even that fits.
+    num_snapshots: places for states of recurrent layers beside those of the sequences.
     """
     paged: dict[tuple[int, int, int | None], list[int]] = {}
     recurrent: dict[tuple[int, int], list[int]] = {}
@@ -102,7 +108,7 @@ def plan_cache(
             groups.append(PagedKv(tuple(layers), num_kv_heads, head_dim, window_keys, blocks, width))
         state = None
         for (width, conv_tail), layers in recurrent.items():
-            state = RecurrentState(tuple(layers), width, conv_tail, max_sequences)
+            state = RecurrentState(tuple(layers), width, conv_tail, max_sequences + num_snapshots, num_snapshots)
         return CachePlan(tuple(groups), state, kv_dtype, page_tokens, max_seq_len, max_sequences, max_step_tokens)
 
     plan = build(max_sequences)

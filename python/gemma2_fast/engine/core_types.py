@@ -27,6 +27,7 @@ def core_cache_plan(plan: CachePlan) -> _core.CachePlan:
             width=plan.recurrent.width,
             conv_tail=plan.recurrent.conv_tail,
             num_slots=plan.recurrent.num_slots,
+            num_snapshots=plan.recurrent.num_snapshots,
         )
     return _core.CachePlan(page_tokens=plan.page_tokens, paged=paged, recurrent=recurrent)
 

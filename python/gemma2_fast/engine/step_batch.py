@@ -19,7 +19,9 @@ class StepBatch:
     token_ids [T]; positions [T], consecutive within a sequence, from context_tokens[s];
     first_token [S + 1], offsets of each sequence's tokens; context_tokens [S], tokens already in the cache;
     block_table per paged group [S, table_width]: logical block b = position // page_tokens of a sequence stands in
-    column b % table_width; state_slot [S], or empty without recurrent layers;
+    column b % table_width; state_slot [S], or empty without recurrent layers; state_copies [C, 2], slots from and to,
+    carried out in order before any token is computed: a copy from a sequence's slot keeps its state as it was before
+    this step, a copy to it lets the sequence go on from another state, that of its first context_tokens tokens;
     logits_token [L], ascending indices into token_ids whose next-token logits are wanted.
     """
 
@@ -29,4 +31,5 @@ class StepBatch:
     context_tokens: Ints
     block_table: tuple[Ints, ...]
     state_slot: Ints
+    state_copies: Ints
     logits_token: Ints

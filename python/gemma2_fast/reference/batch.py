@@ -15,6 +15,7 @@ def flat_batch(
     *,
     block_table: tuple[Ints, ...] = (),
     state_slot: Sequence[int] = (),
+    state_copies: Sequence[tuple[int, int]] = (),
     logits_token: Sequence[int] | None = None,
 ) -> StepBatch:
     """The next tokens of S sequences that have `context_tokens` in the cache. A sequence may have none in this step.
@@ -32,5 +33,6 @@ def flat_batch(
         context_tokens=np.array(context_tokens, dtype=np.int32),
         block_table=block_table,
         state_slot=np.array(state_slot, dtype=np.int32),
+        state_copies=np.array(state_copies, dtype=np.int32).reshape(-1, 2),
         logits_token=np.array(range(first_token[-1]) if logits_token is None else logits_token, dtype=np.int32),
     )

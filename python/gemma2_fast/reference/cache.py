@@ -28,6 +28,9 @@ class LayerState:
 class Cache(Protocol):
     """Keys and values or the state of every layer. A sequence is a row of the batch; positions are absolute."""
 
+    def copy_states(self, batch: StepBatch) -> None:
+        """Carry out the batch's state_copies, before anything else of it."""
+
     def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, K, D] of the batch's tokens."""
 
@@ -55,6 +58,10 @@ class ContiguousCache:
     def __init__(self) -> None:
         self._stored: dict[tuple[int, int], tuple[Tensor, int]] = {}  # buffer [2, capacity, K, D], tokens in it
         self._states: dict[tuple[int, int], LayerState] = {}  # (layer, sequence)
+
+    def copy_states(self, batch: StepBatch) -> None:
+        if len(batch.state_copies):
+            raise BackendError("a contiguous cache has no state slots, but the batch copies states; use a paged one")
 
     def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
         for sequence, first, end, context in token_spans(batch):
@@ -96,6 +103,9 @@ class PagedCache:
 
     def __init__(self, plan: CachePlan) -> None:
         self._plan = plan
+        state = plan.recurrent
+        self._recurrent_layers, self._num_slots = ((), 0) if state is None else (state.layers, state.num_slots)
+        self._num_sequence_slots = 0 if state is None else state.num_slots - state.num_snapshots
         self._states: dict[tuple[int, int], LayerState] = {}  # (layer, slot)
         dtype = torch.float32 if plan.kv_dtype == "int8" else torch_dtype(plan.kv_dtype)
         self._group_of_layer = {layer: index for index, group in enumerate(plan.paged) for layer in group.layers}
@@ -103,6 +113,16 @@ class PagedCache:
         for group in plan.paged:
             shape = (2, group.num_blocks, plan.page_tokens, group.num_kv_heads, group.head_dim)
             self._pages |= {layer: torch.full(shape, torch.nan, dtype=dtype) for layer in group.layers}
+
+    def copy_states(self, batch: StepBatch) -> None:
+        for source, target in batch.state_copies.tolist():
+            if source == target or not {source, target} <= set(range(self._num_slots)):
+                raise BackendError(
+                    f"a state is copied from slot {source} to {target}, expected two different ones of the cache's "
+                    f"{self._num_slots}"
+                )
+            for layer in self._recurrent_layers:
+                self._states[layer, target] = _known_state(self._states, layer, source, f"slot {source}")
 
     def append(self, layer: int, batch: StepBatch, keys: Tensor, values: Tensor) -> None:
         for sequence, first, end, context in token_spans(batch):
@@ -129,12 +149,11 @@ class PagedCache:
         return _known_state(self._states, layer, slot, f"slot {slot}")
 
     def _state_slot(self, batch: StepBatch, sequence: int) -> int:
-        num_slots = 0 if self._plan.recurrent is None else self._plan.recurrent.num_slots
         slot = int(batch.state_slot[sequence]) if sequence < len(batch.state_slot) else -1
-        if not 0 <= slot < num_slots:
+        if not 0 <= slot < self._num_sequence_slots:
             raise BackendError(
                 f"sequence {sequence} has no state slot: the batch names {batch.state_slot.tolist()}, the cache has "
-                f"slots 0..{num_slots - 1}"
+                f"slots 0..{self._num_sequence_slots - 1} for sequences"
             )
         return slot
 

@@ -50,6 +50,7 @@ class ReferenceModel:
 
     def uncapped_logits(self, batch: StepBatch, cache: Cache) -> Tensor:
         """`forward` without the final soft cap: what a backend owes the decode loop, which caps what it reads."""
+        cache.copy_states(batch)
         token_ids, positions = (torch.tensor(ids, dtype=torch.int64) for ids in (batch.token_ids, batch.positions))
         ropes = {layer.mixer.rope for layer in self.spec.layers if isinstance(layer.mixer, AttentionSpec)}
         tables = {spec: rope_tables(spec, positions, self.dtype) for spec in ropes}

@@ -11,12 +11,12 @@ from statistics import median
 
 from triton.errors import TritonError
 
-from gemma2_fast.bench import gpu_attention, gpu_small_cases
-from gemma2_fast.bench.gpu_bars import bars_of
-from gemma2_fast.bench.gpu_card import REPEATS, Card, relative_error, seconds_of
-from gemma2_fast.bench.gpu_cases import FORMATS, LINEAR, GpuCase, geglu, matmul, matmul_tiled, matrices
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_rows import GpuRow, Missing, reason, row_of
+from gemma2_fast.bench.gpu import attention, small_cases
+from gemma2_fast.bench.gpu.bars import bars_of
+from gemma2_fast.bench.gpu.card import REPEATS, Card, relative_error, seconds_of
+from gemma2_fast.bench.gpu.cases import FORMATS, HEAD_FORMATS, LINEAR, GpuCase, geglu, matmul, matmul_tiled, matrices
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.rows import GpuRow, Missing, reason, row_of
 from gemma2_fast.bench.shapes import SIZES
 from gemma2_fast.errors import BackendError
 
@@ -43,8 +43,6 @@ def rows(card: Card, ceilings: GpuCeilings, plan: OpsPlan) -> Iterator[GpuRow | 
     """What a kernel that gave a wrong result or failed took is not told."""
     deadline = time.monotonic() + plan.peer_seconds
     found = []
-    if "int4" not in FORMATS:
-        yield Missing("matmul int4: there is no kernel", is_fault=False)
     for make in cases(card, ceilings, plan):
         try:
             row = measure(card, make(), plan.repeats, deadline)
@@ -65,18 +63,20 @@ def cases(card: Card, ceilings: GpuCeilings, plan: OpsPlan) -> Iterator[MakeCase
         for matrix in matrices(size):
             yield partial(matmul, card, ceilings, size, matrix, stored)
     for size, batch in itertools.product(plan.sizes, plan.batches):
-        yield partial(gpu_attention.decode, card, ceilings, size, plan.context, batch)
+        yield partial(attention.decode, card, ceilings, size, plan.context, batch)
     yield partial(geglu, card, ceilings, plan.small_size, plan.many_tokens)
     for size, stored in itertools.product(plan.sizes, plan.formats):
         for matrix in ("qkv", "output", "gate_up", "down"):
             yield partial(matmul_tiled, card, ceilings, size, matrix, stored, plan.many_tokens)
     for batch in plan.batches:
-        for small in (gpu_small_cases.rms_norm_add, gpu_small_cases.rope, gpu_small_cases.embed):
-            yield partial(small, card, plan.small_size, batch)
-        for rule in gpu_small_cases.RULES:
-            yield partial(gpu_small_cases.sample, card, rule, batch)
+        yield partial(small_cases.rms_norm_add, card, plan.small_size, batch)
+        yield partial(small_cases.rope, card, plan.small_size, batch)
+        for stored in plan.formats:
+            yield partial(small_cases.embed, card, plan.small_size, batch, stored)
+        for rule in small_cases.RULES:
+            yield partial(small_cases.sample, card, rule, batch)
     for size, window in plan.attention:
-        yield partial(gpu_attention.prefill, card, ceilings, size, plan.context, window)
+        yield partial(attention.prefill, card, ceilings, size, plan.context, window)
 
 
 def measure(card: Card, case: GpuCase, repeats: int, deadline: float) -> GpuRow:
@@ -102,15 +102,17 @@ def measure(card: Card, case: GpuCase, repeats: int, deadline: float) -> GpuRow:
 
 def whole_step(found: Sequence[GpuRow], ceilings: GpuCeilings, size: str, stored: str) -> GpuRow | None:
     """All products of a decode step of one token, as many of each as the model has; None where one is missing."""
-    what, layers = f"matmul {stored}", SIZES[size]["num_hidden_layers"]
+    layers = SIZES[size]["num_hidden_layers"]
     own, linear, num_bytes = 0.0, 0.0, 0.0
     for matrix in matrices(size):
-        row = next((r for r in found if r.what == what and r.shape.startswith(f"{size} {matrix} ")), None)
+        kept = HEAD_FORMATS[stored] if matrix == "head" else stored
+        of_matrix = (r for r in found if r.what == f"matmul {kept}" and r.shape.startswith(f"{size} {matrix} "))
+        row = next(of_matrix, None)
         if row is None or row.num_bytes is None or LINEAR not in row.peers:
             return None
         count = 1 if matrix == "head" else layers
         own += count * row.microseconds / 1e6
         linear += count * row.peers[LINEAR] / 1e6
         num_bytes += count * row.num_bytes
-    limit, shape = ceilings.bytes(num_bytes), f"{size} all of a step"
+    limit, what, shape = ceilings.bytes(num_bytes), f"matmul {stored}", f"{size} all of a step"
     return row_of(what, shape, [own], limit=limit, peers={LINEAR: linear}, bars=bars_of(what))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from gemma2_fast.bench.gpu_card import Card, Run, relative_error
-from gemma2_fast.bench.gpu_cases import GpuCase, block_sizes
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.card import Card, Run, relative_error
+from gemma2_fast.bench.gpu.cases import GpuCase, block_sizes
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
 from gemma2_fast.bench.shapes import SIZES
 from gemma2_fast.errors import BackendError
 from gemma2_fast.triton_kernels.attention_common import PAGE_TOKENS

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from gemma2_fast.bench import shapes
-from gemma2_fast.bench.gpu_attention import Heads
-from gemma2_fast.bench.gpu_card import Card
-from gemma2_fast.bench.gpu_cases import GpuCase
+from gemma2_fast.bench.gpu.attention import Heads
+from gemma2_fast.bench.gpu.card import Card
+from gemma2_fast.bench.gpu.cases import GpuCase, random_weights
 from gemma2_fast.triton_kernels import embed as embed_kernel
 from gemma2_fast.triton_kernels import rms_norm as norm_kernel
 from gemma2_fast.triton_kernels import rope as rope_kernel
@@ -88,19 +88,20 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
-def embed(card: Card, size: str, tokens: int) -> GpuCase:
+def embed(card: Card, size: str, tokens: int, stored: str) -> GpuCase:
     """Each run has other tokens of one table."""
     width, vocab = shapes.SIZES[size]["hidden_size"], shapes.SIZES[size]["vocab_size"]
+    weights = random_weights(card, stored, vocab, width)
+    table, *others = next(weights.arrays())
     copies = card.copies(tokens * width * 6)
-    table, outs = card.normal(vocab, width), card.empty(copies, tokens, width, dtype=torch.float32)
-    ids = card.integers(0, vocab, copies, tokens)
+    outs, ids = card.empty(copies, tokens, width, dtype=torch.float32), card.integers(0, vocab, copies, tokens)
     scale = width**0.5
     return GpuCase(
-        "embed",
+        f"embed {stored}",
         f"{size} [{tokens}, {width}]",
-        [partial(embed_kernel.embed, some, table, scale, out) for some, out in zip(ids, outs, strict=True)],
+        [partial(embed_kernel.embed, some, table, scale, out, *others) for some, out in zip(ids, outs, strict=True)],
         list(outs),
-        lambda copy: (outs[copy], table[ids[copy].long()].float() * scale),
+        lambda copy: (outs[copy], weights.exact(0, ids[copy].long()) * scale),
     )
 
 

@@ -5,45 +5,49 @@
 
 Every part measures the ceilings first: how fast memory is read, and a product of 8192 x 8192 matrices in bfloat16.
 ops: each kernel at shapes of Gemma 2, beside PyTorch's own. 2b, 9b, 27b: decode of the whole engine with random
-weights. prefill: prompts of 8192 tokens. peers: our engine and PyTorch's compiled models in turn. A result is checked
-after it was timed, and a wrong one is not reported. Bars that are not met fail nothing; they are told at the end.
+weights. recurrentgemma: the 2B after a long prompt beside after a short one, and in batches. prefill: prompts of 8192
+tokens. peers: our engine and PyTorch's compiled models in turn. A result is checked after it was timed, and a wrong one
+is not reported. Bars that are not met fail nothing; they are told at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from gemma2_fast.bench.command import add_json, main
-from gemma2_fast.bench.gpu_rows import GpuRow, Missing, tally, text_table
+from gemma2_fast.bench.command import add_json
+from gemma2_fast.bench.gpu.rows import GpuRow, Missing, tally, text_table
 from gemma2_fast.bench.record import record, write_record
 from gemma2_fast.errors import BackendError, Gemma2FastError
 
 if TYPE_CHECKING:
-    from gemma2_fast.bench.gpu_card import Card
-    from gemma2_fast.bench.gpu_ceilings import GpuCeilings
+    from gemma2_fast.bench.gpu.card import Card
+    from gemma2_fast.bench.gpu.ceilings import GpuCeilings
 
-PARTS = ("ops", "2b", "9b", "27b", "prefill", "peers")
+PARTS = ("ops", "2b", "9b", "27b", "recurrentgemma", "prefill", "peers")
 
 
 def rows_of(part: str, card: Card, ceilings: GpuCeilings) -> Iterator[GpuRow | Missing]:
-    """Only here is it said what a part measures."""
-    from gemma2_fast.bench import gpu_models, gpu_ops, gpu_peers
+    """Only here is it said what a part measures, and only peers need transformers."""
+    from gemma2_fast.bench.gpu import models, ops, recurrent
 
     match part:
         case "ops":
-            yield from gpu_ops.rows(card, ceilings, gpu_ops.OpsPlan())
+            yield from ops.rows(card, ceilings, ops.OpsPlan())
+        case "recurrentgemma":
+            yield from recurrent.rows(card, ceilings, recurrent.RecurrentPlan())
         case "prefill":
-            yield from gpu_models.prefill_rows(card, ceilings, gpu_models.PrefillPlan())
+            yield from models.prefill_rows(card, ceilings, models.PrefillPlan())
         case "peers":
-            yield from gpu_peers.rows(card, ceilings, gpu_peers.PeersPlan())
+            from gemma2_fast.bench.gpu import peers
+
+            yield from peers.rows(card, ceilings, peers.PeersPlan())
         case size:
             batches = (8, 32) if size == "2b" else ()
-            yield from gpu_models.decode_rows(card, ceilings, gpu_models.DecodePlan(size, batches=batches))
+            yield from models.decode_rows(card, ceilings, models.DecodePlan(size, batches=batches))
 
 
 def collect(rows: Iterable[GpuRow | Missing]) -> tuple[list[dict[str, Any]], list[Missing]]:
@@ -74,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
     import triton
 
-    from gemma2_fast.bench.gpu_card import Card, state
-    from gemma2_fast.bench.gpu_ceilings import measure
+    from gemma2_fast.bench.gpu.card import Card, state
+    from gemma2_fast.bench.gpu.ceilings import measure
 
     card = Card.find()
     torch.set_grad_enabled(False)
@@ -101,7 +105,3 @@ def run(args: argparse.Namespace) -> None:
         print(f"NOT MEASURED {gap.reason}")
     if faults := [gap.reason for gap in missing if gap.is_fault]:
         raise BackendError(f"{len(faults)} of what bench gpu {args.part} measures went wrong: {'; '.join(faults)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(__doc__, add_arguments, run))

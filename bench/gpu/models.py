@@ -1,20 +1,21 @@
-"""Whole Gemma 2 models on a GPU: decode at long contexts and in batches beside the bytes that a step must read, and
+"""Whole models on a GPU: decode at long contexts and in batches beside the bytes that a step must read, and
 prefill beside the operations that a prompt must take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from gemma2_fast.bench import shapes, traffic
-from gemma2_fast.bench.gpu_bars import bars_of
-from gemma2_fast.bench.gpu_card import Card
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_engine import GpuEngine, Sizes, why_not_kept
-from gemma2_fast.bench.gpu_random import random_tensors
-from gemma2_fast.bench.gpu_rows import GpuRow, Missing, row_of
+from gemma2_fast.bench.gpu.bars import bars_of
+from gemma2_fast.bench.gpu.card import Card
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.engine import GpuEngine, Sizes
+from gemma2_fast.bench.gpu.random_weights import random_tensors
+from gemma2_fast.bench.gpu.rows import GpuRow, row_of
 from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.engine.device_weights import device_weight_bytes
 from gemma2_fast.errors import BackendError
@@ -24,7 +25,6 @@ from gemma2_fast.spec.families import spec_from_config
 
 UNQUANTIZED = "bfloat16"
 QUANTIZATIONS = (UNQUANTIZED, "int8", "int4")
-CHECKED_LAYERS = 2  # one with a window and one without
 CHECKED_STEPS = 8
 LARGEST_ERROR = 3e-2  # of logits, from activations that are rounded to bfloat16 between kernels
 
@@ -62,14 +62,11 @@ def step_bytes(spec: ModelSpec, cache: CachePlan, stored: str, context: float, b
     return weights + batch * traffic.cache_bytes(cache, round(context))
 
 
-def decode_rows(card: Card, ceilings: GpuCeilings, plan: DecodePlan) -> Iterator[GpuRow | Missing]:
+def decode_rows(card: Card, ceilings: GpuCeilings, plan: DecodePlan) -> Iterator[GpuRow]:
     spec = spec_of(plan.size)
     most_batch = max((1, *plan.batches))
     for stored in plan.quantizations:
         weights = random_tensors(spec, None if stored == UNQUANTIZED else stored)
-        if stored != UNQUANTIZED and (why := why_not_kept(weights, stored)) is not None:
-            yield Missing(f"decode {plan.size} {stored}: {why}", is_fault=False)
-            continue
         error = check_against_reference(spec, stored, plan.checked_tokens)
         with GpuEngine(spec, weights, Sizes(max_seq_len=spec.max_positions, max_batch=most_batch)) as engine:
             for context, batch in [(c, 1) for c in plan.contexts] + [(plan.contexts[0], b) for b in plan.batches]:
@@ -84,26 +81,32 @@ def decode_row(
     begin = room_for(engine, context, plan.steps, batch)
     engine.decode(begin, plan.warmup_steps, batch)
     seconds = [s for _ in range(plan.rounds) for s in engine.decode(begin, plan.steps, batch)]
-    engine.check_decode(begin, CHECKED_STEPS)
-    mean_context = begin + plan.steps / 2
+    engine.check_decode(begin, CHECKED_STEPS, batch)
     what = f"decode {plan.size} {stored}"
-    num_bytes = step_bytes(engine.spec, engine.plan.cache, stored, mean_context, batch)
-    return row_of(
-        what, f"context {begin} to {begin + plan.steps}, batch {batch}, {num_bytes / 1e9:.3f} GB a step", seconds,
-        limit=ceilings.bytes(num_bytes), tokens=batch, error=error, bars=bars_of(what) if batch == 1 else (),
+    return steps_row(
+        ceilings, engine, what, stored, seconds, context=begin, steps=plan.steps, batch=batch, error=error,
+        bars=bars_of(what) if batch == 1 else (),
     )  # fmt: skip
+
+
+def steps_row(
+    ceilings: GpuCeilings, engine: GpuEngine, what: str, stored: str, seconds: Sequence[float],
+    *, context: int, steps: int, batch: int = 1, **rest: Any,
+) -> GpuRow:  # fmt: skip
+    """Of decode steps from a context on, beside the bytes that one must read; rest: of row_of."""
+    num_bytes = step_bytes(engine.spec, engine.plan.cache, stored, context + steps / 2, batch)
+    shape = f"context {context} to {context + steps}, batch {batch}, {num_bytes / 1e9:.3f} GB a step"
+    return row_of(what, shape, seconds, limit=ceilings.bytes(num_bytes), tokens=batch, **rest)
 
 
 def room_for(engine: GpuEngine, context: int, steps: int, batch: int) -> int:
     """The context, or the longest that leaves room for the steps."""
-    cache = engine.plan.cache
-    head_start = 0 if batch == 1 else batch * (context // cache.max_step_tokens + 1)
-    return min(context, cache.max_seq_len - steps - head_start - 2)
+    return min(context, engine.plan.cache.max_seq_len - steps - engine.head_start(context, batch) - 2)
 
 
 def check_against_reference(spec: ModelSpec, stored: str, tokens: int) -> float:
     """The relative error of the logits of the first layers at their true shapes. BackendError where it is too large."""
-    short = replace(spec, layers=spec.layers[:CHECKED_LAYERS])
+    short = one_of_each(spec)
     weights = random_tensors(short, None if stored == UNQUANTIZED else stored, seed=1)
     with GpuEngine(short, weights, Sizes(max_seq_len=tokens + 1)) as engine:
         ids = engine.random_ids(tokens)
@@ -112,9 +115,15 @@ def check_against_reference(spec: ModelSpec, stored: str, tokens: int) -> float:
     error = float((ours - exact).norm() / exact.norm())
     if not error <= LARGEST_ERROR:
         raise BackendError(
-            f"the logits of {CHECKED_LAYERS} layers are off the reference by {error:.2g}, at most {LARGEST_ERROR}"
+            f"the logits of {len(short.layers)} layers are off the reference by {error:.2g}, at most {LARGEST_ERROR}"
         )
     return error
+
+
+def one_of_each(spec: ModelSpec) -> ModelSpec:
+    """The first layers alone, up to where every kind of mixer has been."""
+    mixers = [layer.mixer for layer in spec.layers]
+    return replace(spec, layers=spec.layers[: 1 + max(map(mixers.index, mixers))])
 
 
 def prefill_rows(card: Card, ceilings: GpuCeilings, plan: PrefillPlan) -> Iterator[GpuRow]:

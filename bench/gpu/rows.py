@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma2_fast.bench.gpu_bars import AS_FAST_AS_PEERS, Bar
+from gemma2_fast.bench.gpu.bars import AS_FAST_AS_PEERS, Bar
 
 STREAM, MATMUL = "stream", "matmul"  # the two ceilings
 UNITS = {STREAM: ("GB/s", 1e9), MATMUL: ("TFLOP/s", 1e12)}

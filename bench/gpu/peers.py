@@ -10,14 +10,14 @@ from statistics import median
 
 import torch
 
-from gemma2_fast.bench.gpu_card import Card, relative_error
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_decoders import CompiledPlain, CompiledTransformers, Decoder
-from gemma2_fast.bench.gpu_engine import GpuEngine, Sizes
-from gemma2_fast.bench.gpu_models import UNQUANTIZED, room_for, spec_of, step_bytes
-from gemma2_fast.bench.gpu_ops import OUT_OF_TIME
-from gemma2_fast.bench.gpu_random import random_tensors
-from gemma2_fast.bench.gpu_rows import GpuRow, reason, row_of
+from gemma2_fast.bench.gpu.card import Card, alternate, relative_error
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.decoders import CompiledPlain, CompiledTransformers, Decoder
+from gemma2_fast.bench.gpu.engine import GpuEngine, Sizes
+from gemma2_fast.bench.gpu.models import UNQUANTIZED, room_for, spec_of, steps_row
+from gemma2_fast.bench.gpu.ops import OUT_OF_TIME
+from gemma2_fast.bench.gpu.random_weights import random_tensors
+from gemma2_fast.bench.gpu.rows import GpuRow, reason
 from gemma2_fast.errors import BackendError
 
 PLAIN, TRANSFORMERS = "torch.compile of a plain model", "transformers, static cache, torch.compile"
@@ -63,17 +63,14 @@ def rows(card: Card, ceilings: GpuCeilings, plan: PeersPlan) -> Iterator[GpuRow]
                 except Exception as problem:  # a peer's own fault, which is told in its row
                     refused[name] = reason(problem)
                 longest = max(longest, time.monotonic() - begin)
-            times = alternate(engine, peers, context, plan)
-            num_bytes = step_bytes(spec, engine.plan.cache, UNQUANTIZED, context + plan.steps / 2, 1)
-            yield row_of(
-                f"decode {plan.size} {UNQUANTIZED}, in turn",
-                f"context {context} to {context + plan.steps}, batch 1",
-                times.pop(""),
-                limit=ceilings.bytes(num_bytes),
-                tokens=1,
-                peers={name: median(seconds) for name, seconds in times.items()},
-                refused=refused,
-            )
+            turns = {"": partial(engine.decode, context, plan.steps)}
+            turns |= {name: partial(peer.decode, plan.steps) for name, peer in peers.items()}
+            times = alternate(turns, plan.rounds)
+            what, own = f"decode {plan.size} {UNQUANTIZED}, in turn", times.pop("")
+            yield steps_row(
+                ceilings, engine, what, UNQUANTIZED, own, context=context, steps=plan.steps,
+                peers={name: median(seconds) for name, seconds in times.items()}, refused=refused,
+            )  # fmt: skip
             peers.clear()
             torch.compiler.reset()
             card.free_memory()
@@ -86,16 +83,3 @@ def checked(peer: Decoder, ids: Sequence[int], expected: torch.Tensor, warmup_st
         raise BackendError(f"its logits are {error:.2g} from ours, at most {LARGEST_ERROR}")
     peer.decode(warmup_steps)
     return peer
-
-
-def alternate(engine: GpuEngine, peers: Mapping[str, Decoder], context: int, plan: PeersPlan) -> dict[str, list[float]]:
-    """Seconds of every step, ours under "". Each round begins with another one."""
-    turns: dict[str, Callable[[], list[float]]] = {"": partial(engine.decode, context, plan.steps)}
-    turns |= {name: partial(peer.decode, plan.steps) for name, peer in peers.items()}
-    names = list(turns)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(plan.rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            times[name] += turns[name]()
-    return times

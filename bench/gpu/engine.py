@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2_fast import _core
-from gemma2_fast.engine.device_weights import device_format
 from gemma2_fast.engine.engine import start_engine
 from gemma2_fast.engine.options import EngineOptions, EnginePlan, plan_engine
 from gemma2_fast.errors import BackendError
@@ -66,10 +65,7 @@ class GpuEngine:
     def decode(self, context: int, steps: int, batch: int = 1) -> list[float]:
         """Seconds of at least so many steps after `context` tokens: between tokens of the sequence that started last,
         while all were running. BackendError where they did not run together."""
-        head_start = 0 if batch == 1 else batch * (context // self.plan.cache.max_step_tokens + 1)
-        max_tokens = steps + 1 + head_start
-        sequences = [self._submit(self.random_ids(context), max_tokens=max_tokens) for _ in range(batch)]
-        events = [self._events(sequence) for sequence in sequences]
+        events = self._together([self.random_ids(context) for _ in range(batch)], steps)
         last = max(events, key=lambda some: some[0].time_ns)
         end = min(some[-1].time_ns for some in events)
         times = [event.time_ns for event in last if event.time_ns <= end]
@@ -77,24 +73,33 @@ class GpuEngine:
             raise BackendError(f"{batch} sequences ran {len(times) - 1} steps together, {steps} were wanted")
         return [(later - earlier) / 1e9 for earlier, later in itertools.pairwise(times)]
 
+    def head_start(self, context: int, batch: int) -> int:
+        """Tokens that the first of a batch may have before the last has its prompt behind it."""
+        return 0 if batch == 1 else batch * (context // self.plan.cache.max_step_tokens + 1)
+
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Of every token of a prompt, with the cap."""
         out = np.full((len(ids), self.spec.vocab_size), np.nan, np.float32)
         self._events(self._submit(ids, max_tokens=0, logits_out=out))
         return out
 
-    def check_decode(self, context: int, steps: int) -> float:
-        """How far what decode steps say of the last token is from what a prompt of the same tokens says: the largest
-        difference of log-probabilities. BackendError where that is more than rounding."""
-        prompt = self.random_ids(context)
-        events = self._events(self._submit(prompt, max_tokens=steps, num_logprobs=COMPARED_TOKENS))
-        stepwise = _top(events[-1])
+    def check_decode(self, context: int, steps: int, batch: int = 1) -> float:
+        """How far what decode steps say of the last token, of a batch's first and last sequence, is from what a prompt
+        of the same tokens says: the largest difference of log-probabilities. BackendError where that is more than
+        rounding."""
+        prompts = [self.random_ids(context) for _ in range(batch)]
+        checked = {0, batch - 1}
+        events = self._together(prompts, steps, checked)
+        return max(self._difference(prompts[index], events[index]) for index in checked)
+
+    def _difference(self, prompt: list[int], events: Sequence[_core.TokenEvent]) -> float:
+        steps, stepwise = len(events), _top(events[-1])
         at_once = _top(self._first_token(prompt + _token_ids(events)[:-1], COMPARED_TOKENS)[0])
         common = stepwise.keys() & at_once.keys()
         difference = max((abs(stepwise[i] - at_once[i]) for i in common), default=float("nan"))
         if len(common) < LEAST_COMMON or not difference <= LARGEST_DIFFERENCE:
             raise BackendError(
-                f"after {context} tokens and {steps} steps the likeliest tokens are not those of one prompt: "
+                f"after {len(prompt)} tokens and {steps} steps the likeliest tokens are not those of one prompt: "
                 f"{len(common)} of {COMPARED_TOKENS} in common (at least {LEAST_COMMON}), log-probabilities up to "
                 f"{difference:.2g} apart (at most {LARGEST_DIFFERENCE})"
             )
@@ -109,6 +114,17 @@ class GpuEngine:
         start = time.monotonic_ns()
         event = self._events(self._submit(ids, max_tokens=1, num_logprobs=num_logprobs))[0]
         return event, (event.time_ns - start) / 1e9
+
+    def _together(
+        self, prompts: Sequence[Sequence[int]], steps: int, with_logprobs: Collection[int] = ()
+    ) -> list[list[_core.TokenEvent]]:
+        """Events of sequences that are to run so many steps together, some of them with log-probabilities."""
+        max_tokens = steps + 1 + self.head_start(len(prompts[0]), len(prompts))
+        sequences = [
+            self._submit(prompt, max_tokens, COMPARED_TOKENS if index in with_logprobs else None)
+            for index, prompt in enumerate(prompts)
+        ]
+        return [self._events(sequence) for sequence in sequences]
 
     def _submit(
         self,
@@ -146,13 +162,6 @@ def matrix_formats(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
         if len(tensor.shape) > 1:
             num_bytes[tensor.format.name] = num_bytes.get(tensor.format.name, 0) + tensor.num_bytes
     return tuple(sorted(num_bytes, key=lambda name: -num_bytes[name]))
-
-
-def why_not_kept(weights: Mapping[str, Tensor], quantization: str) -> str | None:
-    """Where this build would keep quantised matrices on the GPU as something else, so that a figure would mislead."""
-    wanted = {"int8": {"int8"}, "int4": {"int4", "int8"}}[quantization]
-    found = {device_format(tensor) for tensor in weights.values() if len(tensor.shape) > 1}
-    return None if found == wanted else f"this build keeps its matrices on a GPU as {', '.join(sorted(found))}"
 
 
 def _token_ids(events: Sequence[_core.TokenEvent]) -> list[int]:

@@ -7,9 +7,9 @@ import math
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ REPEATS = 25
 QUERIES = ("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 Run = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,17 @@ def _replays(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
         mark.record()
     torch.cuda.synchronize()
     return [first.elapsed_time(second) / 1000 for first, second in itertools.pairwise(marks)]
+
+
+def alternate(turns: Mapping[Name, Callable[[], list[float]]], rounds: int) -> dict[Name, list[float]]:
+    """What all turns of each name gave. Each round begins with another one."""
+    names = list(turns)
+    times: dict[Name, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            times[name] += turns[name]()
+    return times
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from gemma2_fast.bench import shapes
-from gemma2_fast.bench.gpu_plain import PlainGemma2, on
+from gemma2_fast.bench.gpu.plain import PlainGemma2, on
 from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.names import hf_names
 from gemma2_fast.weights.tensor import Tensor

@@ -12,18 +12,20 @@ import torch
 from torch.nn import functional
 
 from gemma2_fast.bench import shapes
-from gemma2_fast.bench.gpu_card import Card, Run
-from gemma2_fast.bench.gpu_ceilings import GpuCeilings
-from gemma2_fast.bench.gpu_rows import Limit
+from gemma2_fast.bench.gpu.card import Card, Run
+from gemma2_fast.bench.gpu.ceilings import GpuCeilings
+from gemma2_fast.bench.gpu.rows import Limit
 from gemma2_fast.triton_kernels import geglu as geglu_kernel
 from gemma2_fast.triton_kernels import matmul as matmul_kernel
 from gemma2_fast.triton_kernels import matmul_tiled as tiled_kernel
 from gemma2_fast.triton_kernels.tuning import tuned
-from gemma2_fast.triton_kernels.weight_formats import BF16, GROUP_COLS, INT8
+from gemma2_fast.triton_kernels.weight_formats import BF16, GROUP_COLS, INT4, INT8
 
 DEVIATION = 0.02  # of weights
 LARGEST_ERROR = 1e-2  # of results that are rounded to bfloat16
-FORMATS = {"bfloat16": BF16.value, "int8": INT8.value}  # int4: a row here, and its arrays in `random_weights`
+FORMATS = {"bfloat16": BF16.value, "int8": INT8.value, "int4": INT4.value}
+HEAD_FORMATS = {"bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}  # as weights/quantize.py keeps the embedding
+LARGEST_CODES = {"int8": 127, "int4": 64}  # of int4 with its factor
 LINEAR = "F.linear bfloat16"
 
 
@@ -39,34 +41,45 @@ class GpuCase:
     results: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     limit: Limit | None = None
     peers: Mapping[str, Callable[[], Sequence[Run]]] = field(default_factory=dict)
-    bars: str | None = None  # a key of gpu_bars.BARS
+    bars: str | None = None  # a key of bars.BARS
     largest_error: float = LARGEST_ERROR
 
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """weight and scales [copies, rows, …]; exact: those of copy 0 in float32."""
+    """Copies of a matrix of `cols` columns: [copies, rows, …] of what weight_formats.py has in its format."""
 
+    cols: int
     weight: torch.Tensor
-    scales: torch.Tensor | None
+    scales: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Of one copy."""
-        scales = 0 if self.scales is None else self.scales[0].nbytes
-        return self.weight[0].nbytes + scales
+        return sum(part[0].nbytes for part in (self.weight, self.scales, self.factors) if part is not None)
 
-    def exact(self, copy: int) -> torch.Tensor:
-        weight = self.weight[copy].float()
+    def exact(self, copy: int, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Those rows of a copy, [rows, cols] float32."""
+        numbers = self.weight[copy][rows]
+        if self.factors is not None:
+            numbers = unpacked(numbers, self.factors[copy][rows])
         if self.scales is None:
-            return weight
-        spread = self.scales[copy].float().repeat_interleave(GROUP_COLS, dim=1)
-        return weight * spread[:, : weight.shape[1]]
+            return numbers.float()
+        scales = self.scales[copy][rows].float().repeat_interleave(GROUP_COLS, dim=1)
+        return numbers[:, : self.cols].float() * scales[:, : self.cols]
 
-    def arrays(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight and scales of each copy."""
-        scales = itertools.repeat(None) if self.scales is None else iter(self.scales)
-        return zip(self.weight, scales, strict=False)
+    def arrays(self) -> Iterator[tuple[Any, ...]]:
+        """Weight, scales and factors of each copy."""
+        parts = (self.weight, self.scales, self.factors)
+        return zip(*(itertools.repeat(None) if part is None else part for part in parts), strict=False)
+
+
+def unpacked(packed: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """factor * (code - 8) of int4's arrays [rows, groups, 64] and [rows, groups, 2]: [rows, groups * 128] int8."""
+    codes, of_runs = (torch.cat([part & 15, part >> 4], dim=-1).to(torch.int8) - 8 for part in (packed, factors))
+    rows, groups, runs = of_runs.shape
+    return (codes.view(rows, groups, runs, -1) * of_runs[..., None]).flatten(1)
 
 
 def matrices(size: str) -> dict[str, tuple[int, int]]:
@@ -87,17 +100,25 @@ def random_weights(card: Card, stored: str, rows: int, cols: int) -> RandomWeigh
     """As many copies as keep each one out of the caches."""
     if stored == "bfloat16":
         copies = card.copies(2 * rows * cols)
-        return RandomWeights(card.normal(copies, rows, cols, deviation=DEVIATION), None)
-    copies = card.copies(rows * cols)
-    codes = card.integers(-127, 128, copies, rows, cols, dtype=torch.int8)
-    scales = card.normal(copies, rows, -(-cols // GROUP_COLS)).abs_().add_(1).mul_(DEVIATION / 127)
-    return RandomWeights(codes, scales)
+        return RandomWeights(cols, card.normal(copies, rows, cols, deviation=DEVIATION))
+    groups = -(-cols // GROUP_COLS)
+    factors = None
+    if stored == "int8":
+        copies = card.copies(rows * cols)
+        codes = card.integers(-127, 128, copies, rows, cols, dtype=torch.int8)
+    else:
+        copies = card.copies(rows * cols // 2)
+        codes = card.integers(0, 256, copies, rows, groups, GROUP_COLS // 2, dtype=torch.uint8)
+        factors = card.integers(0, 256, copies, rows, groups, 2, dtype=torch.uint8)
+    scales = card.normal(copies, rows, groups).abs_().add_(1).mul_(DEVIATION / LARGEST_CODES[stored])
+    return RandomWeights(cols, codes, scales, factors)
 
 
 def linear_runs(card: Card, x: torch.Tensor, weights: RandomWeights) -> Sequence[Run]:
     """PyTorch's product with such a matrix in bfloat16."""
-    plain = weights if weights.scales is None else random_weights(card, "bfloat16", *weights.weight.shape[1:])
-    return [partial(functional.linear, x, weight) for weight, _ in plain.arrays()]
+    rows = weights.weight.shape[1]
+    plain = weights if weights.scales is None else random_weights(card, "bfloat16", rows, weights.cols)
+    return [partial(functional.linear, x, weight) for weight in plain.weight]
 
 
 def block_sizes(op: str, card: Card, **shape: int) -> dict[str, Any]:
@@ -130,8 +151,8 @@ def matmul(card: Card, ceilings: GpuCeilings, size: str, matrix: str, stored: st
         what=f"matmul {stored}",
         shape=f"{size} {matrix} [{rows}, {cols}] x 1",
         runs=[
-            partial(matmul_kernel.matmul, x, weight, out, scales, **how)
-            for (weight, scales), out in zip(weights.arrays(), outs, strict=True)
+            partial(matmul_kernel.matmul, x, weight, out, *others, **how)
+            for (weight, *others), out in zip(weights.arrays(), outs, strict=True)
         ],
         outs=list(outs),
         results=results,
@@ -153,8 +174,8 @@ def matmul_tiled(card: Card, ceilings: GpuCeilings, size: str, matrix: str, stor
         what=f"matmul_tiled {stored}",
         shape=f"{size} {matrix} [{rows}, {cols}] x {num_tokens}",
         runs=[
-            partial(tiled_kernel.matmul_tiled, x, weight, out, scales, **how)
-            for (weight, scales), out in zip(weights.arrays(), outs, strict=True)
+            partial(tiled_kernel.matmul_tiled, x, weight, out, *others, **how)
+            for (weight, *others), out in zip(weights.arrays(), outs, strict=True)
         ],
         outs=list(outs),
         results=lambda copy: (outs[copy], x.float() @ weights.exact(copy).T),

@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 
-from gemma2_fast.bench.gpu_card import Card, relative_error, seconds_of
-from gemma2_fast.bench.gpu_rows import MATMUL, STREAM, Limit
-from gemma2_fast.bench.gpu_stream import stream
+from gemma2_fast.bench.gpu.card import Card, relative_error, seconds_of
+from gemma2_fast.bench.gpu.rows import MATMUL, STREAM, Limit
+from gemma2_fast.bench.gpu.stream import stream
 from gemma2_fast.errors import BackendError
 
 STREAM_BYTES = 2 << 30
