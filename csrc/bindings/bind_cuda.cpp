@@ -73,25 +73,27 @@ void bind_cuda(py::module_& module) {
         .def(py::init([](std::shared_ptr<Device> device, const ModelSpec& spec, const CachePlan& plan,
                          const std::map<std::string, std::string>& formats, std::vector<KernelImage> kernels,
                          int64_t max_step_tokens, int64_t max_logits_rows, int64_t max_sequences, int64_t max_seq_len,
-                         bool captures) {
+                         bool captures, bool allocates) {
                  const GraphStep::Options options{.limits = {.max_step_tokens = max_step_tokens,
                                                              .max_logits_rows = max_logits_rows,
                                                              .vocab_size = spec.vocab_size},
                                                   .max_sequences = max_sequences,
                                                   .max_seq_len = max_seq_len,
-                                                  .captures = captures};
+                                                  .captures = captures,
+                                                  .allocates = allocates};
                  return std::make_shared<GraphStep>(std::move(device), spec, plan, device_formats(formats),
                                                     std::move(kernels), options);
              }),
              py::kw_only(), py::arg("device"), py::arg("spec"), py::arg("plan"), py::arg("formats"), py::arg("kernels"),
              py::arg("max_step_tokens"), py::arg("max_logits_rows"), py::arg("max_sequences"), py::arg("max_seq_len"),
-             py::arg("captures") = true, py::call_guard<py::gil_scoped_release>())
+             py::arg("captures") = true, py::arg("allocates") = true, py::call_guard<py::gil_scoped_release>())
         .def("upload", &upload, py::arg("name"), py::arg("part"), py::arg("data"))
         .def("finish_upload", &GraphStep::finish_upload, py::call_guard<py::gil_scoped_release>())
         .def("poison_cache", &GraphStep::poison_cache, py::call_guard<py::gil_scoped_release>(),
              "Fills every cache page with NaN, for tests.")
         .def_property_readonly("float32_tensors", &GraphStep::float32_tensors)
         .def_property_readonly("num_device_bytes", &GraphStep::num_device_bytes)
+        .def_property_readonly("num_weight_bytes", &GraphStep::num_weight_bytes)
         .def_property_readonly("num_graphs", &GraphStep::num_graphs);
 }
 

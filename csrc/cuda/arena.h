@@ -25,7 +25,7 @@ class Arena {
     void allocate(const Device& device, const std::string& purpose) { memory_.emplace(device, num_bytes_, purpose); }
 
     CUdeviceptr at(const Slice& slice, int64_t offset_bytes = 0) const {
-        return memory_->address() + static_cast<CUdeviceptr>(slice.offset + offset_bytes);
+        return memory_.value().address() + static_cast<CUdeviceptr>(slice.offset + offset_bytes);
     }
     int64_t num_bytes() const { return num_bytes_; }
 

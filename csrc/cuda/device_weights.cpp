@@ -94,6 +94,13 @@ std::vector<std::pair<std::string, std::string>> DeviceWeights::parts() const {
     return all;
 }
 
+int64_t DeviceWeights::num_bytes() const {
+    int64_t total = 0;
+    for (const auto& [name, parts] : places_)
+        for (const auto& [part, slice] : parts) total += slice.num_bytes;
+    return total;
+}
+
 DeviceFormat DeviceWeights::format_of(const std::string& name) const {
     const auto found = formats_.find(name);
     if (found == formats_.end()) throw Error("weights: " + name + " is missing");

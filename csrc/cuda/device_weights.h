@@ -32,6 +32,7 @@ class DeviceWeights {
     // What a tensor's part ("weight", "scales", "factors") is to be copied to. Throws Error for unknown names.
     Arena::Slice place(const std::string& name, const std::string& part) const;
     std::vector<std::pair<std::string, std::string>> parts() const;    // all of them, tensor and part
+    int64_t num_bytes() const;                                         // of them
     const std::set<std::string>& vectors() const { return vectors_; }  // tensors that are float32 here
 
   private:

@@ -32,12 +32,16 @@ GraphStep::GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec
       inputs_(*device_, plan, sizes_of(options), spec.vocab_size, model_.query_room(), arena_),
       stream_(*device_),
       sides_{Side(*device_, sizes_of(options).max_logits), Side(*device_, sizes_of(options).max_logits)} {
+    if (options.allocates) allocate();
+    lifetime_guard_.reset();
+}
+
+void GraphStep::allocate() {
     arena_.allocate(*device_, "weights, cache and activations");
     const Arena::Slice& arrivals = model_.split_scratch().arrivals;
     stream_.fill(arena_.at(arrivals), 0, arrivals.num_bytes);
     uploader_ = std::make_unique<Uploader>(stream_);
     upload_rope_tables();
-    lifetime_guard_.reset();
 }
 
 GraphStep::~GraphStep() {
@@ -71,7 +75,7 @@ void GraphStep::upload(const std::string& name, const std::string& part, std::sp
     if (static_cast<int64_t>(bytes.size()) != place.num_bytes)
         throw Error("weights: " + part + " of " + name + " has " + std::to_string(bytes.size()) + " bytes, expected " +
                     std::to_string(place.num_bytes));
-    if (!uploader_) throw Error("weights: " + name + " came after the upload was finished");
+    if (!uploader_) throw Error("weights: " + name + " came before memory was there or after the upload was finished");
     const DeviceGuard guard(*device_);
     uploader_->copy(arena_.at(place), bytes.data(), place.num_bytes);
     uploaded_.emplace(name, part);
@@ -115,12 +119,12 @@ void GraphStep::start(const StepBatch& batch, std::span<const TokenChoice> choic
 }
 
 void GraphStep::finish(std::span<int32_t> tokens) {
+    const DeviceGuard guard(*device_);
     if (num_started_ == 0) throw Error("no step was started");
     const Side& side = sides_[num_started_ == 1 ? 1 - next_side_ : next_side_];
     if (static_cast<int64_t>(tokens.size()) != side.num_rows)
         throw Error("the step has " + std::to_string(side.num_rows) + " rows, asked for " +
                     std::to_string(tokens.size()) + " tokens");
-    const DeviceGuard guard(*device_);
     try {
         side.done.wait();
     } catch (...) {
@@ -150,7 +154,7 @@ void GraphStep::check(const StepBatch& batch, int64_t num_logit_values) const {
 }
 
 void GraphStep::put_on_stream(const StepBatch& batch, std::span<const TokenChoice> choices) {
-    if (uploader_) throw Error("weights: the upload is not finished");
+    if (uploader_ || !options_.allocates) throw Error("weights: the upload is not finished");
     const StepShape shape = inputs_.shape(batch, !choices.empty());
     inputs_.fill(batch, choices, shape, next_side_);
     try {

@@ -30,7 +30,8 @@ class GraphStep final : public ModelStep {
         StepLimits limits;
         int64_t max_sequences = 0;
         int64_t max_seq_len = 0;
-        bool captures = true;  // false: every step is launched kernel by kernel, for tests
+        bool captures = true;   // false: every step is launched kernel by kernel, for tests
+        bool allocates = true;  // false: no device memory is taken and nothing can run, to ask how much it would be
     };
 
     GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec, const CachePlan& plan,
@@ -50,6 +51,7 @@ class GraphStep final : public ModelStep {
     void copy_logits(std::span<float> logits) override;
 
     int64_t num_device_bytes() const { return arena_.num_bytes(); }
+    int64_t num_weight_bytes() const { return weights_.num_bytes(); }  // of them
     int64_t num_graphs() const { return static_cast<int64_t>(graphs_.size()); }
     void poison_cache();  // fills pages and states with NaN, for tests
 
@@ -63,6 +65,7 @@ class GraphStep final : public ModelStep {
         int64_t num_rows = 0;
     };
 
+    void allocate();
     void upload_rope_tables();
     void check(const StepBatch& batch, int64_t num_logit_values) const;
     void put_on_stream(const StepBatch& batch, std::span<const TokenChoice> choices);

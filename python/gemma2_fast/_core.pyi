@@ -322,6 +322,7 @@ class GraphStep(ModelStep):
     """The GPU backend. formats: of every matrix, "bfloat16", "int8" or "int4", by canonical name.
 
     Weights are uploaded one part at a time before the first step. captures=False launches every kernel by itself.
+    allocates=False takes none of the device's memory, to ask how much it would be; such a step cannot run.
     """
 
     def __init__(
@@ -337,6 +338,7 @@ class GraphStep(ModelStep):
         max_sequences: int,
         max_seq_len: int,
         captures: bool = True,
+        allocates: bool = True,
     ) -> None: ...
     def upload(self, name: str, part: str, data: NDArray[np.uint8]) -> None:
         """part: "weight", "scales" or "factors" of a tensor, by canonical name."""
@@ -352,7 +354,11 @@ class GraphStep(ModelStep):
         """Fills every cache page with NaN, for tests."""
 
     @property
-    def num_device_bytes(self) -> int: ...
+    def num_device_bytes(self) -> int:
+        """Weights, cache and all that a step of the largest size needs."""
+
+    @property
+    def num_weight_bytes(self) -> int: ...
     @property
     def num_graphs(self) -> int: ...
 

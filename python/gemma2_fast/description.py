@@ -84,7 +84,7 @@ def _run(plan: EnginePlan) -> dict[str, Any]:
         "instruction_set": plan.instruction_set,
         "available": _core.instruction_sets(),
         "num_threads": plan.num_threads,
-        "gpu": None if plan.gpu is None else f"{plan.gpu.name} (sm_{plan.gpu.arch})",
+        "gpu": None if plan.gpu is None else f"{plan.gpu.device.name} (sm_{plan.gpu.device.arch})",
         "quantization": plan.quantization,
         "compute_dtype": plan.compute_dtype,
         "activations": plan.activations,

@@ -16,7 +16,7 @@ from gemma2_fast.bench.gpu.card import Card
 from gemma2_fast.bench.gpu.ceilings import GpuCeilings
 from gemma2_fast.bench.gpu.engine import GpuEngine, Sizes
 from gemma2_fast.bench.gpu.rows import GpuRow, Missing
-from gemma2_fast.engine import engine as gpu_backend
+from gemma2_fast.engine import gpu as gpu_backend
 from gemma2_fast.engine import memory, options
 from gemma2_fast.errors import BackendError
 from gemma2_fast.triton_kernels.specialisation import Specialisation

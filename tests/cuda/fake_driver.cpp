@@ -302,9 +302,10 @@ CUresult cuGraphDestroy(CUgraph graph) {
     return CUDA_SUCCESS;
 }
 CUresult cuEventCreate(CUevent* event, unsigned) {
+    if (const int error = make("cuEventCreate")) return error;
     events.push_back(std::make_unique<uint64_t>(0));
     *event = reinterpret_cast<CUevent>(events.back().get());
-    return make("cuEventCreate");
+    return CUDA_SUCCESS;
 }
 CUresult cuEventRecord(CUevent event, CUstream) {
     *reinterpret_cast<uint64_t*>(event) = num_run + queue.size();

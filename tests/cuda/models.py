@@ -121,5 +121,6 @@ def gpu_step(
             for part, data in device_parts(tensor, name in step.float32_tensors).items():
                 step.upload(name, part, data)
         step.finish_upload()
-    step.poison_cache()
+    if changes.get("allocates", True):
+        step.poison_cache()
     return step

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma2_fast import Generator, SamplingParams
-from gemma2_fast.engine import engine as gpu_backend
+from gemma2_fast.engine import gpu as gpu_backend
 from gemma2_fast.engine import memory, options
 from gemma2_fast.errors import BackendError, CapacityError, Gemma2FastError
 from tests.cuda.fake_gpu import FakeGpu, teach_bfloat16
@@ -77,11 +77,10 @@ def test_types_that_a_gpu_does_not_compute(gpu: FakeGpu, model: TinyModel, asked
 
 
 def test_a_model_that_does_not_fit(gpu: FakeGpu, model: TinyModel) -> None:
-    gpu.library.fake_set(13000, 1, 2**30)
-    with pytest.raises(
-        CapacityError, match=r"the weights take 0.0 GiB, but Imagined GPU has 1.0 GiB free, of which 1 GiB"
-    ):
+    gpu.library.fake_set(13000, 1, 2**29)
+    with pytest.raises(CapacityError, match=r"the driver up to 0.50 GiB, but Imagined GPU has 0.50 GiB free"):
         open_model(model)
+    assert not any(call.startswith("cuMemAlloc ") for call in gpu.calls())
 
 
 def test_no_gpu(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

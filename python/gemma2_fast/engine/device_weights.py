@@ -40,6 +40,16 @@ def _bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
     return values.reshape(-1).view(np.uint8)
 
 
+def device_formats(spec: ModelSpec, quantization: str | None) -> dict[str, str]:
+    """Of every matrix of a model that is quantised, or is to be: what device_format says of its tensors."""
+    formats = {}
+    for name, shape in manifest(spec).items():
+        if len(shape) > 1:
+            chosen = None if quantization is None else quantized_format(name, shape, quantization)
+            formats[name] = "bfloat16" if chosen is None else _FORMATS[chosen.name]
+    return formats
+
+
 def device_weight_bytes(spec: ModelSpec, stored: str, quantization: str | None) -> int:
     """What a model takes on the device, stored in one format or quantised from it."""
     total = 0

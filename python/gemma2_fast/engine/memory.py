@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from gemma2_fast import _core
-from gemma2_fast.engine.cache_plan import PAGE_TOKENS
-from gemma2_fast.engine.device_weights import device_weight_bytes
+from gemma2_fast.engine.cache_plan import PAGE_TOKENS, plan_cache
+from gemma2_fast.engine.gpu import Gpu
 from gemma2_fast.errors import CapacityError
 from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.manifest import manifest
 from gemma2_fast.weights.quantize import quantized_format
 
 GPU_PAGE_TOKENS = 64  # P on a GPU, as in triton_kernels/attention_common.py
-# Of a GPU's memory: activations of a step, logits, and what the driver takes for kernels and graphs.
-GPU_RESERVE_BYTES = 2**30
+GPU_DRIVER_BYTES = 2**29  # of a GPU's memory: more than the driver should take for kernels and graphs
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLimits:
+    """What a step may grow to."""
+
+    max_seq_len: int
+    max_sequences: int
+    max_step_tokens: int
+    max_logits_rows: int
 
 
 @dataclass(frozen=True)
@@ -38,16 +47,30 @@ def host_room(spec: ModelSpec, quantization: str | None) -> CacheRoom:
     return CacheRoom(free_bytes, 0.5, PAGE_TOKENS)
 
 
-def gpu_room(gpu: _core.CudaDevice, spec: ModelSpec, stored: str, quantization: str | None) -> CacheRoom:
-    """CapacityError where the weights do not fit, or the host has no room to quantise them."""
-    host_room(spec, quantization)
-    weight_bytes, there = device_weight_bytes(spec, stored, quantization), gpu.free_bytes
-    free_bytes = there - weight_bytes - GPU_RESERVE_BYTES
+def gpu_room(gpu: Gpu, spec: ModelSpec, formats: Mapping[str, str], limits: StepLimits) -> CacheRoom:
+    """What the weights and the largest step leave, as the C++ core counts them. formats: of matrices on the device.
+
+    CapacityError where they do not fit.
+    """
+    least_cache = plan_cache(
+        spec,
+        kv_dtype="bfloat16",
+        max_seq_len=limits.max_seq_len,
+        max_sequences=1,
+        max_step_tokens=limits.max_step_tokens,
+        page_tokens=GPU_PAGE_TOKENS,
+    )
+    largest_step = replace(least_cache, max_sequences=limits.max_sequences)
+    step = gpu.step(spec, largest_step, formats, limits.max_logits_rows, allocates=False)
+    needed_bytes, there = step.num_device_bytes - least_cache.num_bytes, gpu.device.free_bytes
+    free_bytes = there - needed_bytes - GPU_DRIVER_BYTES
     if free_bytes < 0:
+        step_bytes = needed_bytes - step.num_weight_bytes
         raise CapacityError(
-            f"the weights take {weight_bytes / 2**30:.1f} GiB, but {gpu.name} has {there / 2**30:.1f} GiB free, of "
-            f"which {GPU_RESERVE_BYTES / 2**30:.0f} GiB are for activations; use quantization='int8' or 'int4', or "
-            'backend="cpu"'
+            f"the weights take {step.num_weight_bytes / 2**30:.2f} GiB, a step of {limits.max_step_tokens} tokens "
+            f"{step_bytes / 2**30:.2f} GiB and the driver up to {GPU_DRIVER_BYTES / 2**30:.2f} GiB, but "
+            f"{gpu.device.name} has {there / 2**30:.2f} GiB free; lower max_step_tokens, use quantization='int8' or "
+            "'int4', or backend=\"cpu\""
         )
     return CacheRoom(free_bytes, 0.9, GPU_PAGE_TOKENS)
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from gemma2_fast import _core
 from gemma2_fast.engine.cache_plan import CachePlan, plan_cache
-from gemma2_fast.engine.memory import CacheRoom, gpu_room, host_room
+from gemma2_fast.engine.device_weights import device_formats
+from gemma2_fast.engine.gpu import Gpu, open_gpu
+from gemma2_fast.engine.memory import CacheRoom, StepLimits, gpu_room, host_room
 from gemma2_fast.errors import BackendError, CapacityError, RequestError
 from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.quantize import QUANTIZATIONS, UNQUANTIZED, stored_quantization
@@ -81,7 +83,7 @@ class EnginePlan:
     num_threads: int
     cache: CachePlan
     max_logits_rows: int
-    gpu: _core.CudaDevice | None = None
+    gpu: Gpu | None = None
 
 
 def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: EngineOptions) -> EnginePlan:
@@ -111,9 +113,7 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
     activations = _activations(options.activations, backend, ours or any(f not in UNQUANTIZED for f in matrix_formats))
     kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
     compute_dtype = "bfloat16" if backend == "reference" and options.dtype == "bfloat16" else "float32"
-    gpu = None
     if backend == "cuda":
-        gpu = _core.CudaDevice(driver_library=DRIVER_LIBRARY, ordinal=0)
         weight_dtype, activations, kv_dtype, compute_dtype = None, "bfloat16", "bfloat16", "bfloat16"
 
     spec = spec.with_window(options.sliding_window)
@@ -122,10 +122,18 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
         if not spec.has_bounded_cache:
             raise RequestError(f"max_seq_len {max_seq_len} is more than the model's {spec.max_positions} positions")
         log.warning("max_seq_len %d is beyond the %d tokens of the model's training", max_seq_len, spec.max_positions)
-    step_tokens = options.max_step_tokens or (DEFAULT_STEP_TOKENS if gpu is None else DEFAULT_GPU_STEP_TOKENS)
-    step_tokens = min(step_tokens, max_seq_len * options.max_batch_size)
-    room = host_room(spec, quantization) if gpu is None else gpu_room(gpu, spec, stored, quantization)
-    cache = _plan_cache(spec, options, kv_dtype, max_seq_len, step_tokens, room)
+    step_tokens = options.max_step_tokens or (DEFAULT_GPU_STEP_TOKENS if backend == "cuda" else DEFAULT_STEP_TOKENS)
+    limits = StepLimits(
+        max_seq_len=max_seq_len,
+        max_sequences=options.max_batch_size,
+        max_step_tokens=min(step_tokens, max_seq_len * options.max_batch_size),
+        max_logits_rows=min(max(LOGITS_ROWS, options.max_batch_size), MAX_LOGITS_ROWS),
+    )
+    room = host_room(spec, quantization)
+    gpu = open_gpu(DRIVER_LIBRARY) if backend == "cuda" else None
+    if gpu is not None:
+        room = gpu_room(gpu, spec, device_formats(spec, quantization or stored_quantization(matrix_formats)), limits)
+    cache = _plan_cache(spec, options, kv_dtype, limits, room)
     return EnginePlan(
         spec=spec,
         backend=backend,
@@ -136,7 +144,7 @@ def plan_engine(spec: ModelSpec, matrix_formats: tuple[str, ...], options: Engin
         instruction_set=_core.choose_instruction_set(options.instruction_set),
         num_threads=options.num_threads or len(os.sched_getaffinity(0)),
         cache=cache,
-        max_logits_rows=min(max(LOGITS_ROWS, options.max_batch_size), MAX_LOGITS_ROWS),
+        max_logits_rows=limits.max_logits_rows,
         gpu=gpu,
     )
 
@@ -176,7 +184,7 @@ def _activations(wanted: str, backend: str, quantized: bool) -> str:
 
 
 def _plan_cache(
-    spec: ModelSpec, options: EngineOptions, kv_dtype: str, max_seq_len: int, step_tokens: int, room: CacheRoom
+    spec: ModelSpec, options: EngineOptions, kv_dtype: str, limits: StepLimits, room: CacheRoom
 ) -> CachePlan:
     limit_bytes = int(room.free_bytes * room.share)
     if options.kv_cache_gib is not None:
@@ -191,9 +199,9 @@ def _plan_cache(
         return plan_cache(
             spec,
             kv_dtype=kv_dtype,
-            max_seq_len=max_seq_len,
-            max_sequences=options.max_batch_size,
-            max_step_tokens=step_tokens,
+            max_seq_len=limits.max_seq_len,
+            max_sequences=limits.max_sequences,
+            max_step_tokens=limits.max_step_tokens,
             page_tokens=room.page_tokens,
             limit_bytes=limit,
         )
@@ -205,8 +213,8 @@ def _plan_cache(
             "cache cut from %.2f to %.2f GiB: %d sequences of %d tokens may have to wait for one another",
             wanted_bytes / 2**30,
             cache.num_bytes / 2**30,
-            options.max_batch_size,
-            max_seq_len,
+            limits.max_sequences,
+            limits.max_seq_len,
         )
     return cache
 
