@@ -32,7 +32,7 @@ FEWER_BLOCKS = {
 class Case:
     """family, config: of tests.support.tiny_models. prompt_tokens, new_tokens: of one long sequence, past the window.
     batch: lengths of prompts, and batch_tokens new ones of each.
-    rules: by which tokens are drawn."""
+    rules: by which tokens are drawn. unfelt: mutants that are less than what bfloat16 rounds."""
 
     family: str
     config: dict[str, Any]
@@ -45,6 +45,7 @@ class Case:
         SamplingParams(temperature=2.0, top_k=5, seed=2**63 + 7),
         SamplingParams(temperature=0.5, top_p=0.7, min_p=0.01, seed=3),
     )
+    unfelt: tuple[str, ...] = ()
     sizes: dict[str, int] = field(default_factory=lambda: {"max_seq_len": 512, "max_step_tokens": 128})
 
 
@@ -54,10 +55,10 @@ class SmallModel:
     def __init__(self, case: Case, model: TinyModel, patch: pytest.MonkeyPatch) -> None:
         self.case, self.model, self.patch = case, model, patch
 
-    def open(self, captures: bool = True) -> Generator:
-        """With a cache full of NaN. captures=False launches every kernel by itself."""
+    def open(self, captures: bool = True, **sizes: int) -> Generator:
+        """With a cache full of NaN. captures=False launches every kernel by itself. sizes: other than the case's."""
         self.patch.setattr(gpu_backend._core, "GraphStep", _poisoned(captures))
-        sizes = {"max_batch_size": len(self.case.batch), **self.case.sizes}
+        sizes = {"max_batch_size": len(self.case.batch), **self.case.sizes, **sizes}
         return Generator.from_pretrained(self.model.directory, backend="cuda", progress=False, **sizes)
 
     def ids(self, count: int, seed: int = 0) -> list[int]:

@@ -22,6 +22,7 @@ GEMMA = {
     "Gemma 3 1B local": Heads(4, 1, 256, window=512),
     "Gemma 3 27B global": Heads(32, 16, 128),
     "Gemma 1 2B": Heads(8, 1, 256),
+    "RecurrentGemma 2B": Heads(10, 1, 256, window=2049),
     "Gemma 1 7B": Heads(16, 16, 256),
     "RecurrentGemma 2B": Heads(10, 1, 256, window=2048),
     "RecurrentGemma 9B": Heads(16, 1, 256, window=2048),

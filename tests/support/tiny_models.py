@@ -139,7 +139,8 @@ def draw_weights(model: PreTrainedModel, seed: int) -> None:
 def _distribution(name: str, shape: torch.Size) -> tuple[float, float]:
     """Mean and standard deviation of a parameter's draw."""
     if name.endswith("embed_tokens.weight"):
-        return 0.0, 0.05
+        # Scaled by the root of the width later, it would echo in a wider model.
+        return 0.0, 0.05 * min(1.0, (_SHARED["hidden_size"] / shape[1]) ** 0.5)
     if name.endswith(("model.norm.weight", "final_norm.weight")):
         return 14.0, 2.0
     if name.endswith(("norm.weight", "bias")):
