@@ -20,6 +20,9 @@ SMALL_BLOCKS = {
     "attention_decode": {"block": 16},
     "matmul": {"rows": 16, "cols": 128},
     "matmul_tiled": {"tile_tokens": 16, "tile_rows": 32, "cols": 128},
+    "rg_lru_gates": {"tile_tokens": 16, "tile_channels": 16, "cols": 16},
+    "rg_lru_scan": {"channels": 16, "chunk": 8},
+    "rg_lru_step": {"channels": 16, "cols": 16},
 }
 
 

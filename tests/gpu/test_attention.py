@@ -24,8 +24,7 @@ GEMMA = {
     "Gemma 1 2B": Heads(8, 1, 256),
     "RecurrentGemma 2B": Heads(10, 1, 256, window=2049),
     "Gemma 1 7B": Heads(16, 16, 256),
-    "RecurrentGemma 2B": Heads(10, 1, 256, window=2048),
-    "RecurrentGemma 9B": Heads(16, 1, 256, window=2048),
+    "RecurrentGemma 9B": Heads(16, 1, 256, window=2049),
 }
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from gemma2_fast.bench.gpu.cases import unpacked
 from gemma2_fast.triton_kernels import embed, geglu, matmul, matmul_tiled, rms_norm, rope
-from gemma2_fast.triton_kernels.weight_formats import BF16, GROUP_COLS, INT8
+from gemma2_fast.triton_kernels.weight_formats import BF16, GROUP_COLS, INT4, INT8
 from tests.gpu import plain
 from tests.gpu.conftest import Judge
 from tests.gpu.paged import Heads
-from tests.gpu.places import Place, cases
+from tests.gpu.places import CARD, GPU_WANTED, INTERPRETER, Place, cases
 from tests.gpu.plain import exact_and_plain
 from tests.triton_kernels import test_sample as samples
 
@@ -70,30 +71,71 @@ def test_geglu(judge: Judge, place: Place, width: int) -> None:
     judge.rejects(plain.geglu(gate_up.double().roll(width, -1)), exact, usual)
 
 
-def int8_weights(place: Place, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, and a scale a group of columns."""
-    codes = (place.draw(rows, cols, scale=40, dtype=torch.float32)).round().clamp(-127, 127).to(torch.int8)
-    return codes, 0.01 + place.draw(rows, -(-cols // GROUP_COLS), scale=0.002)
+FORMATS = {"bfloat16": BF16.value, "int8": INT8.value, "int4": INT4.value}
 
 
-def by_column(scales: torch.Tensor, cols: int) -> torch.Tensor:
-    return scales.float().repeat_interleave(GROUP_COLS, 1)[:, :cols]
+@dataclass(frozen=True)
+class Weights:
+    """A drawn matrix of `cols` columns as kernels read it (weight_formats.py)."""
+
+    cols: int
+    weight: torch.Tensor
+    scales: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+
+    @classmethod
+    def draw(cls, place: Place, rows: int, cols: int, code: int) -> Weights:
+        groups = -(-cols // GROUP_COLS)
+        if code == BF16.value:
+            return cls(cols, place.draw(rows, cols, scale=cols**-0.5))
+        scales = 0.01 + place.draw(rows, groups, scale=0.002)
+        if code == INT8.value:
+            codes = place.draw(rows, cols, scale=40, dtype=torch.float32).round().clamp(-127, 127)
+            return cls(cols, codes.to(torch.int8), scales)
+        packed, factors = (
+            place.draw(rows, groups, size, scale=500, dtype=torch.float32).to(torch.int32).to(torch.uint8)
+            for size in (GROUP_COLS // 2, 2)
+        )
+        return cls(cols, packed, scales, factors)
+
+    def values(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Those rows, [rows, cols] float32."""
+        numbers = self.weight[rows]
+        if self.factors is not None:
+            numbers = unpacked(numbers, self.factors[rows])
+        if self.scales is None:
+            return numbers.float()
+        scales = self.scales[rows].float().repeat_interleave(GROUP_COLS, 1)
+        return numbers[:, : self.cols].float() * scales[:, : self.cols]
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """As arguments of launchers, after the result."""
+        return self.scales, self.factors
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("code", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize(
     ("place", "size"), cases({name: (256_000, width) for name, width in WIDTHS.items()}, {"small": (50, 200)})
 )
-def test_embed(place: Place, size: tuple[int, int], int8: bool) -> None:
+def test_embed(place: Place, size: tuple[int, int], code: int) -> None:
     """To the bit: products of two or three numbers, one after another."""
     vocab, width = size
     ids = place.ints([0, vocab - 1, 1, 7, 7, vocab // 2])
-    codes, scales = int8_weights(place, vocab, width) if int8 else (place.draw(vocab, width), None)
+    table = Weights.draw(place, vocab, width, code)
     factor, out = float(np.float32(width**0.5)), place.nothing(len(ids), width, dtype=torch.float32)
-    embed.embed(ids, codes, factor, out, scales)
-    rows = codes[ids].float() if scales is None else codes[ids].float() * by_column(scales[ids], width)
+    embed.embed(ids, table.weight, factor, out, *table.arrays)
+    rows = table.values(ids)
     assert torch.equal(out, rows * factor)
     assert not torch.equal(out[2], rows[1] * factor)
+
+
+def test_embed_takes_what_the_step_before_chose() -> None:
+    place = CARD if GPU_WANTED else INTERPRETER
+    table, chosen = place.draw(50, 200), place.ints([9, -1, 30])
+    out = place.nothing(3, 200, dtype=torch.float32)
+    embed.embed(place.ints([-3, 4, -1]), table, 2.0, out, chosen=chosen)
+    assert torch.equal(out, table[[30, 4, 9]].float() * 2)
 
 
 @dataclass(frozen=True)
@@ -121,21 +163,15 @@ SMALL_MATRICES = {
     "gate and up": Matrix(17, 130, gated=True),
     "head": Matrix(40, 130, head=True),
 }
-FORMATS = {"bfloat16": BF16.value, "int8": INT8.value}
 
 
 class Product:
     """A drawn matrix in a format, and what its products should be."""
 
     def __init__(self, place: Place, matrix: Matrix, code: int) -> None:
-        rows = matrix.rows * (1 + matrix.gated)
         self.op = plain.gated_product if matrix.gated else plain.product
-        if code == INT8.value:
-            self.weight, self.scales = int8_weights(place, rows, matrix.cols)
-            self.values = self.weight.float() * by_column(self.scales, matrix.cols)
-        else:
-            self.weight, self.scales = place.draw(rows, matrix.cols, scale=matrix.cols**-0.5), None
-            self.values = self.weight
+        self.weights = Weights.draw(place, matrix.rows * (1 + matrix.gated), matrix.cols, code)
+        self.values = self.weights.values()
 
     def exact_and_plain(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return exact_and_plain(self.op, x, self.values, dtype=dtype)
@@ -156,7 +192,8 @@ def test_matmul(judge: Judge, place: Place, matrix: Matrix, code: int) -> None:
         out = place.nothing(tokens, matrix.rows, dtype=dtype)
         sizes = place.sizes("matmul", tokens=1 if tokens == 1 else matmul.MOST_TOKENS, format=code)
         given = x if matrix.head else taken
-        matmul.matmul(given, product.weight, out, product.scales, geglu=matrix.gated, row_index=wanted, **sizes)
+        weight, arrays = product.weights.weight, product.weights.arrays
+        matmul.matmul(given, weight, out, *arrays, geglu=matrix.gated, row_index=wanted, **sizes)
         exact, usual = product.exact_and_plain(taken, dtype)
         judge.close(out, exact, usual)
         judge.rejects(product.mutant(taken), exact, usual)
@@ -180,7 +217,7 @@ def test_matmul_tiled(judge: Judge, place: Place, matrix: Matrix, code: int) -> 
     for tokens in MANY_TOKENS:
         x, out = place.draw(tokens, matrix.cols), place.nothing(tokens, matrix.rows)
         sizes = place.sizes("matmul_tiled", format=code)
-        matmul_tiled.matmul_tiled(x, product.weight, out, product.scales, **sizes)
+        matmul_tiled.matmul_tiled(x, product.weights.weight, out, *product.weights.arrays, **sizes)
         exact, usual = product.exact_and_plain(x, place.dtype)
         judge.close(out, exact, usual)
         judge.rejects(product.mutant(x), exact, usual)
