@@ -133,7 +133,10 @@ def compile_for(specialisation: Specialisation, arch: int) -> Compiled:
         "enable_fp_fusion": specialisation.contracts,
         "launch_pdl": dependent,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with triton.knobs.compilation.scope():
+        # Lines of source and the text of the PTX would be two thirds of a cubin.
+        triton.knobs.compilation.disable_line_info = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin, ptx, metadata = compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata
     num_arguments = sum(kind != "constexpr" for kind in specialisation.signature().values())
     check_launch(specialisation.name, ptx, num_arguments, metadata)

@@ -66,6 +66,12 @@ def test_a_compilation_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "cache/gemma2_fast/kernels").iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, where a directory should be")
+    with pytest.raises(BackendError, match=r"cannot be kept in .*cache/gemma2_fast/kernels: .*; let XDG_CACHE_HOME"):
+        kernel_images(90)
+
+
 def test_a_gpu_that_is_too_old() -> None:
     with pytest.raises(BackendError, match='need compute capability 8.0 or later, this GPU has 7.5; use backend="cpu"'):
         kernel_images(75)

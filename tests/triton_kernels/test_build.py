@@ -60,6 +60,7 @@ def compilation() -> Iterator[Compilation]:
 def test_every_kernel_compiles_and_fits(compilation: Compilation, name: str, arch: int) -> None:
     result = compilation.of(name, arch)
     assert result.cubin[:4] == b"\x7fELF"
+    assert b"debug_ptx_txt" not in result.cubin
     assert f".target sm_{arch}" in result.ptx
     assert f".entry {result.entry['symbol']}(" in result.ptx
     assert 0 < result.registers <= 255

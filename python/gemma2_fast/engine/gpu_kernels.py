@@ -42,15 +42,25 @@ def _compiled(arch: int) -> Path:
     directory = _cache_directory() / f"sm_{arch}-triton-{import_module('triton').__version__}-{sources_digest()[:16]}"
     if not directory.exists():
         log.warning("compiling GPU kernels for sm_%d, once; this takes some minutes", arch)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent) as unfinished:
-            _compile(arch, Path(unfinished) / "kernels")
-            try:
-                (Path(unfinished) / "kernels").rename(directory)
-            except OSError:  # another process was first
-                if not directory.exists():
-                    raise
+        try:
+            _compile_into(directory, arch)
+        except OSError as error:
+            raise BackendError(
+                f"compiled GPU kernels cannot be kept in {directory.parent}: {error}; let XDG_CACHE_HOME name a "
+                "directory that can be written"
+            ) from None
     return directory
+
+
+def _compile_into(directory: Path, arch: int) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as unfinished:
+        _compile(arch, Path(unfinished) / "kernels")
+        try:
+            (Path(unfinished) / "kernels").rename(directory)
+        except OSError:  # another process was first
+            if not directory.exists():
+                raise
 
 
 def _compile(arch: int, directory: Path) -> None:
