@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -18,11 +19,12 @@ namespace py = pybind11;
 namespace gemma2_fast {
 namespace {
 
-// Every token belongs to one sequence and follows the one before it, which steps take for granted.
+// Every sequence has tokens, and they follow one another, which steps take for granted.
 bool is_flat(const StepBatch& batch) {
     const std::vector<int32_t>& first = batch.first_token;
     if (batch.positions.size() != batch.token_ids.size() || first.size() != batch.context_tokens.size() + 1 ||
-        first.front() != 0 || first.back() != batch.num_tokens() || !std::ranges::is_sorted(first))
+        first.front() != 0 || first.back() != batch.num_tokens() ||
+        std::ranges::adjacent_find(first, std::greater_equal{}) != first.end())
         return false;
     for (int64_t s = 0; s < batch.num_sequences(); ++s)
         for (int32_t token = first[s]; token < first[s + 1]; ++token)

@@ -99,6 +99,7 @@ void GraphStep::poison_cache() {
 
 void GraphStep::run(const StepBatch& batch, std::span<float> logits) {
     const DeviceGuard guard(*device_);
+    if (num_started_ > 0) throw Error("a step was started and not finished");
     check(batch, static_cast<int64_t>(logits.size()));
     put_on_stream(batch, {});
     copy_logits(logits);

@@ -31,7 +31,7 @@ class GraphStep final : public ModelStep {
         int64_t max_sequences = 0;
         int64_t max_seq_len = 0;
         bool captures = true;   // false: every step is launched kernel by kernel, for tests
-        bool allocates = true;  // false: no device memory is taken and nothing can run, to ask how much it would be
+        bool allocates = true;  // false: nothing can run, and no memory but for kernels is taken: to ask how much it is
     };
 
     GraphStep(std::shared_ptr<const Device> device, const ModelSpec& spec, const CachePlan& plan,
@@ -46,6 +46,7 @@ class GraphStep final : public ModelStep {
 
     void run(const StepBatch& batch, std::span<float> logits) override;
     bool can_choose() const override { return true; }
+    bool always_chooses(const SamplingParams& params) const override { return chooser_.always_chooses(params); }
     void start(const StepBatch& batch, std::span<const TokenChoice> choices) override;
     void finish(std::span<int32_t> tokens) override;
     void copy_logits(std::span<float> logits) override;

@@ -24,6 +24,12 @@ TokenChooser::TokenChooser(int64_t vocab_size, std::optional<float> softcap, int
     sums_ = arena.reserve(most_rows * blocks * kF64Bytes);
 }
 
+bool TokenChooser::always_chooses(const SamplingParams& params) const {
+    const bool few = params.top_k.value_or(vocab_size_) <= scan_->constant("KEEP");
+    const bool all = !params.top_k && params.top_p >= 1 && params.min_p <= 0;
+    return params.temperature == 0 || few || all;
+}
+
 void TokenChooser::enqueue(const StepContext& step) const {
     const std::vector<KernelArgument> arguments{
         {"logits", step.at(step.rows.logits)},

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "cuda/step_context.h"
+#include "runtime/request.h"
 
 namespace gemma2_fast {
 
@@ -13,6 +14,8 @@ class TokenChooser {
     TokenChooser(int64_t vocab_size, std::optional<float> softcap, int64_t most_rows, KernelSet& kernels, Arena& arena);
 
     void enqueue(const StepContext& step) const;
+    // More of a block of the vocabulary than are kept can only count where top_p or min_p, or a larger top_k, decides.
+    bool always_chooses(const SamplingParams& params) const;
 
   private:
     int64_t vocab_size_;

@@ -66,14 +66,20 @@ void check_batch(const StepBatch& batch, const CachePlan& plan, const StepLimits
         throw Error("logits have " + std::to_string(num_logit_values) + " elements, expected " +
                     std::to_string(batch.num_logits() * limits.vocab_size));
     for (int32_t token : batch.token_ids)
-        if (token >= limits.vocab_size || row_of_chosen(token) >= num_rows_before)
+        if (row_of_chosen(token) >= num_rows_before)
+            throw Error("a token is to be that of row " + std::to_string(row_of_chosen(token)) +
+                        " of the step before, which has " + std::to_string(num_rows_before));
+        else if (token >= limits.vocab_size)
             throw Error("token id " + std::to_string(token) + " is outside the vocabulary of " +
                         std::to_string(limits.vocab_size));
     if (batch.block_table.size() != plan.paged.size())
         throw Error("the batch has block tables of " + std::to_string(batch.block_table.size()) +
                     " groups, the cache " + std::to_string(plan.paged.size()));
     for (std::size_t group = 0; group < plan.paged.size(); ++group) check_blocks(batch, plan, group);
-    if (plan.recurrent) check_state_slots(batch, *plan.recurrent);
+    if (plan.recurrent)
+        check_state_slots(batch, *plan.recurrent);
+    else if (!batch.state_slot.empty())
+        throw Error("the batch has state slots, the model no recurrent layer");
     check_state_copies(batch, plan.recurrent ? plan.recurrent->num_slots : 0);
 }
 

@@ -28,6 +28,7 @@ void DecodeLoop::serve() {
         }
         publish();
     }
+    abandon_started();
     end_all(FinishReason::kCancelled, "the decode loop was closed");
     publish();
 }
@@ -40,8 +41,9 @@ void DecodeLoop::step() {
 
 // Whether the next step depends on the one before by nothing but tokens that the model step chooses.
 bool DecodeLoop::can_run_ahead() const {
-    return !started_.back().failure && scheduler_.all_of([](const Sequence& sequence) {
-        return !sequence.host_chooses && LogitsReader::needs_only_a_choice(sequence);
+    return !started_.back().failure && scheduler_.all_of([&](const Sequence& sequence) {
+        return !sequence.host_chooses && LogitsReader::needs_only_a_choice(sequence) &&
+               model_step_->always_chooses(sequence.request.sampling);
     });
 }
 
@@ -98,11 +100,11 @@ void DecodeLoop::start(std::span<const Chunk> chunks) {
     step.num_rows = static_cast<int64_t>(choices_.size());
     try {
         model_step_->start(scheduler_.batch(), choices_);
-        std::ranges::for_each(chunks, LogitsReader::advance);
     } catch (const std::exception& error) {
         step.failure = error.what();
     }
     started_.push_back(std::move(step));
+    if (!started_.back().failure) std::ranges::for_each(chunks, LogitsReader::advance);
 }
 
 void DecodeLoop::finish_first() {
@@ -151,8 +153,8 @@ void DecodeLoop::settle(const StartedChunk& chunk, std::span<const float> logits
     }
 }
 
-// The logits are gone, and the step ahead went on with a token that is none. So all is computed once more, then without
-// a step ahead.
+// A damaged row, or what the model step did not promise to choose: the logits are gone, and the step ahead went on with
+// a token that is none. So all is computed once more, then without a step ahead.
 void DecodeLoop::leave_to_host(const StartedChunk& chunk, Sequence& sequence) {
     sequence.host_chooses = true;
     sequence.token_ids.resize(static_cast<std::size_t>(chunk.end_position));
@@ -161,7 +163,7 @@ void DecodeLoop::leave_to_host(const StartedChunk& chunk, Sequence& sequence) {
         std::erase_if(ahead.chunks, [&](const StartedChunk& other) { return other.sequence_id == sequence.id; });
 }
 
-// After an error of the loop itself: no step may be left whose tokens nobody knows any more.
+// Whoever uses the model step next must find none that was started and not finished.
 void DecodeLoop::abandon_started() {
     for (const StartedStep& step : started_) {
         if (step.failure) continue;

@@ -28,12 +28,14 @@ class ModelStep {
     virtual void run(const StepBatch& batch, std::span<float> logits) = 0;
 
     // For steps that can choose tokens where their logits lie. `start` is as `run`, but returns before the step is
-    // done; `finish` waits for it and gives the token of each row, or kHostChooses where that takes the row itself,
-    // which copy_logits then writes. A second step may be started before the first is finished, and its token ids may
-    // be chosen_in_row of the first. Steps take effect and are finished in the order of their start. If one cannot be
-    // started, that before it can still be finished; if one cannot be finished, all that were started are over.
-    // choices, tokens: [L].
+    // done, and no step may `run` before all are finished; `finish` waits for it and gives the token of each row, or
+    // kHostChooses where that takes the row itself, which copy_logits then writes. A second step may be started before
+    // the first is finished, and its token ids may be chosen_in_row of the first. Steps take effect and are finished in
+    // the order of their start. If one cannot be started, that before it can still be finished; if one cannot be
+    // finished, all that were started are over. choices, tokens: [L].
     virtual bool can_choose() const { return false; }
+    // Whether a row of these parameters has a token for sure, if its logits are sound.
+    virtual bool always_chooses(const SamplingParams&) const { return true; }
     virtual void start(const StepBatch& batch, std::span<const TokenChoice> choices);
     virtual void finish(std::span<int32_t> tokens);
     virtual void copy_logits(std::span<float> logits);  // [L, V] of the step started last

@@ -73,7 +73,7 @@ std::span<const Chunk> Scheduler::schedule() {
         }
 
     const auto waits_for_its_last = [](const auto& sequence) { return sequence->num_uncomputed() == 0; };
-    if (chunks_.empty() && has_work() && (running_.empty() || !std::ranges::all_of(running_, waits_for_its_last)))
+    if (chunks_.empty() && has_work() && std::ranges::none_of(running_, waits_for_its_last))
         throw std::logic_error("the scheduler found no token to compute");
     build_batch();
     return chunks_;

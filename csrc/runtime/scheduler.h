@@ -23,8 +23,8 @@ struct Chunk {
 
 // Continuous batching with chunked prefill over one token budget. First come, first served: the running sequences are
 // always older than the waiting ones, an older one may take the blocks of a younger one, never the other way round, and
-// whatever is admitted fits the cache alone. So the oldest advances in every step, and every sequence becomes the
-// oldest.
+// whatever is admitted fits the cache alone. So the oldest advances in every step, or waits for its last token alone,
+// and every sequence becomes the oldest.
 class Scheduler {
   public:
     Scheduler(CachePlan plan, const Limits& limits);
@@ -36,8 +36,8 @@ class Scheduler {
     void restart(Sequence& sequence);                       // what is known of it is to be computed from its beginning
 
     // Chooses the next step. The chunks, in the batch's order, and the batch live until the next call. There is none
-    // only if nothing is known that is to be computed. Whoever runs the step adds num_tokens to each sequence's
-    // computed_tokens.
+    // only if a sequence waits for its last token, and no other can advance before that. Whoever runs the step adds
+    // num_tokens to each sequence's computed_tokens.
     std::span<const Chunk> schedule();
     const StepBatch& batch() const { return batch_; }
 

@@ -322,7 +322,7 @@ class GraphStep(ModelStep):
     """The GPU backend. formats: of every matrix, "bfloat16", "int8" or "int4", by canonical name.
 
     Weights are uploaded one part at a time before the first step. captures=False launches every kernel by itself.
-    allocates=False takes none of the device's memory, to ask how much it would be; such a step cannot run.
+    allocates=False takes no memory but for kernels, to ask how much it would be; such a step cannot run.
     """
 
     def __init__(

@@ -144,6 +144,7 @@ def test_the_host_chooses_what_the_device_cannot(gemma2: TinyModel, driver_libra
         row_bytes = 4 * loop.vocab_size
         ours = loop.tokens(loop.submit(ids(4), seed=11, **rule))
         copied = gpu.calls().count(f"cuMemcpyDtoHAsync {row_bytes}")
+        assert loop.loop.stats()["num_prefill_tokens"] == 4  # no step ran ahead, so nothing was computed again
         assert ours == loop.tokens(loop.submit(ids(4), seed=11, logprobs=True, **rule))
         assert ours != loop.tokens(loop.submit(ids(4), seed=12, **rule))
     assert copied == 2

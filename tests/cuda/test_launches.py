@@ -11,6 +11,7 @@ import pytest
 
 from gemma2_fast import _core
 from gemma2_fast.errors import BackendError, CapacityError, Gemma2FastError
+from gemma2_fast.reference import flat_batch
 from tests.cuda.fake_gpu import FakeGpu, Launch
 from tests.cuda.loop import Loop
 from tests.cuda.models import gpu_step, small_kernels, small_plan
@@ -304,3 +305,25 @@ def test_steps_that_were_not_planned(gpu: FakeGpu, model: TinyModel) -> None:
     for narrow, message in (({"max_seq_len": 8}, "up to position 9"), ({"max_step_tokens": 4}, "step of 10 tokens")):
         with Loop(gpu_step(gpu, model, plan, **narrow), model, plan) as loop:
             assert message in str(loop.events(loop.submit([2] * 10, max_tokens=1))[-1].message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state_slot": [0]}, "state slots, the model no recurrent layer"),
+        ({"token_ids": [-3]}, "that of row 2 of the step before, which has 0"),
+        ({"token_ids": [10**6]}, "outside the vocabulary"),
+    ],
+    ids=str,
+)
+def test_batches_that_no_scheduler_makes(
+    gpu: FakeGpu, model: TinyModel, change: dict[str, list[int]], message: str
+) -> None:
+    plan = small_plan(model.spec)
+    tables = tuple(np.zeros((1, group.table_width), np.int32) for group in plan.paged)
+    batch = flat_batch([[5]], [0], block_table=tables)
+    step = gpu_step(gpu, model, plan)
+    step.run(batch, model.spec.vocab_size)
+    wrong = dataclasses.replace(batch, **{name: np.array(values, np.int32) for name, values in change.items()})
+    with pytest.raises(Gemma2FastError, match=message):
+        step.run(wrong, model.spec.vocab_size)

@@ -195,6 +195,7 @@ def test_copies_that_the_reference_refuses() -> None:
         {"first_token": [0, 1]},
         {"first_token": [0, 3]},
         {"first_token": [0]},
+        {"first_token": [0, 0, 2], "context_tokens": [0, 0]},
         {"logits_token": [2]},
         {"context_tokens": [-1], "positions": [-1, 0]},
     ],

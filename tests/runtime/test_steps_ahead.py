@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -116,6 +117,43 @@ def test_cancelled_while_two_steps_are_under_way() -> None:
         assert collect(loop, first)[-1].finish_reason == "cancelled"
         assert ids_of(collect(loop, other)) == expected_greedy(prompt_of(14, 1), 20, groups, recurrent=True)
         assert_all_free(loop)
+
+
+def test_the_youngest_waits_for_pages_of_one_that_waits_for_its_last_token() -> None:
+    """Four pages of four tokens; the older needs two, the younger three."""
+    step = FakeStep([Group(None, 4, 4)])
+    gate = Gate(step)
+    with running(step, run=gate.run, max_step_tokens=4, max_running=2, chooses=True) as loop:
+        requests = [greedy(prompt_of(5), 4), greedy(prompt_of(8, 1), 4)]
+        older, younger = (loop.submit(request) for request in requests)
+        gate.go.release(1000)
+        assert ids_of(collect(loop, older)) == expected_greedy(prompt_of(5), 4, step.groups)
+        assert ids_of(collect(loop, younger)) == expected_greedy(prompt_of(8, 1), 4, step.groups)
+        assert_all_free(loop)
+
+
+def test_a_loop_leaves_no_step_unfinished_to_the_next_one() -> None:
+    step = FakeStep(two_groups(16))
+    gate = Gate(step)
+    core_step = _core.CallbackStep(gate.run, step.choose)
+    limits = _core.Limits(max_running_sequences=1, max_step_tokens=16, max_seq_len=96, max_logits_rows=8, vocab_size=97)
+    loop = _core.DecodeLoop(core_step, step.plan(), limits)
+    cut_off = loop.submit(greedy(prompt_of(9), 60))
+    gate.go.release(4)
+    for _ in range(5):
+        assert gate.entered.acquire(timeout=10)
+    closing = threading.Thread(target=loop.close)
+    closing.start()
+    time.sleep(0.05)
+    gate.go.release(1000)
+    closing.join()
+    assert collect(loop, cut_off)[-1].finish_reason == "cancelled"
+    after = _core.DecodeLoop(core_step, step.plan(), limits)
+    try:
+        ids = ids_of(collect(after, after.submit(greedy(prompt_of(14, 1), 9))))
+    finally:
+        after.close()
+    assert ids == expected_greedy(prompt_of(14, 1), 9, step.groups)
 
 
 def test_a_step_is_finished_though_nobody_is_left() -> None:
