@@ -142,6 +142,7 @@ tsan: $(DONE)/build
 
 TRIAL := build/wheel-trial
 WHEEL_LIMIT_BYTES := 20000000
+TRIED_ARCHS := 80 86 87 89 90 100 120  # 8.7 has no cubins, and takes PTX
 wheel: $(DONE)/build
 	$(call say,'Building sdist and wheel')
 	rm -rf dist $(TRIAL)
@@ -153,6 +154,8 @@ wheel: $(DONE)/build
 	$(PYTHON) -m venv $(TRIAL)
 	PATH="$(CURDIR)/$(TRIAL)/bin" $(TRIAL)/bin/python -m pip install --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
 	cd $(TRIAL) && PATH="$$PWD/bin" gemma2-fast generate gemma-3-270m 'Water boils at' --max-tokens 24
+	@if [ -d triton_kernels/cubins ]; then cd $(TRIAL); for arch in $(TRIED_ARCHS); do bin/python -c \
+	    "from gemma2_fast.engine.gpu_kernels import kernel_images; print('sm_$$arch:', len(kernel_images($$arch)), 'kernels')"; done; fi
 
 $(DONE)/cuda: $(DONE)/build
 	$(call say,'Installing Triton')
