@@ -86,10 +86,12 @@ class GpuEngine:
     def check_decode(self, context: int, steps: int, batch: int = 1) -> float:
         """How far what decode steps say of the last token, of a batch's first and last sequence, is from what a prompt
         of the same tokens says: the largest difference of log-probabilities. BackendError where that is more than
-        rounding."""
+        rounding, or where one sequence alone has other tokens when the device chooses them, as it does when timed."""
         prompts = [self.random_ids(context) for _ in range(batch)]
         checked = {0, batch - 1}
         events = self._together(prompts, steps, checked)
+        if batch == 1 and _token_ids(self._together(prompts, steps)[0]) != _token_ids(events[0]):
+            raise BackendError(f"after {context} tokens the device chooses other tokens than the host")
         return max(self._difference(prompts[index], events[index]) for index in checked)
 
     def _difference(self, prompt: list[int], events: Sequence[_core.TokenEvent]) -> float:

@@ -263,6 +263,24 @@ def test_a_decode_step_without_a_kernel_is_noticed(
                 engine.check_decode(6, 3, batch)
 
 
+@pytest.mark.slow
+def test_wrong_choices_are_noticed(imagined: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = imagined._compute
+
+    def and_choose_another(specialisation: Specialisation, kinds: dict[str, str], launch: Launch) -> None:
+        compute(specialisation, kinds, launch)
+        if specialisation.op == "sample_draw":
+            imagined.tensor(int(launch.arguments["out"]), "i32")[0] = 3
+
+    monkeypatch.setattr(imagined, "_compute", and_choose_another)
+    spec = models.spec_of("tiny")
+    with (
+        GpuEngine(spec, random_weights.random_tensors(spec, None), Sizes(max_seq_len=64)) as engine,
+        pytest.raises(BackendError, match="the device chooses other tokens than the host"),
+    ):
+        engine.check_decode(6, 2)
+
+
 def test_a_peer_that_computes_something_else_is_not_timed() -> None:
     class Other:
         def logits(self, ids: Sequence[int]) -> torch.Tensor:
