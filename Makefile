@@ -164,6 +164,7 @@ $(DONE)/cuda: $(DONE)/build
 
 cubins: $(DONE)/package $(DONE)/cuda
 	$(call say,'Compiling the GPU kernels for every architecture')
+	rm -rf triton_kernels/cubins
 	$(PY) -m gemma2_fast.triton_kernels.build --refuse-spills --out triton_kernels/cubins
 
 # Everything comes with the machine: it may have no network, and its torch must be one that knows its GPU.

@@ -196,17 +196,19 @@ def needed(arch: int, ops: Iterable[str] = OPS) -> Iterator[Specialisation]:
 
 
 def build(directory: Path, targets: Sequence[int], ops: Sequence[str], refuse_spills: bool) -> list[Compiled]:
-    """Writes the cubins and manifest.json; gives what was compiled. RuntimeError where one asks for too much."""
-    directory.mkdir(parents=True, exist_ok=True)
-    done, rows = [], []
+    """Writes the cubins and manifest.json; gives what was compiled. RuntimeError where one asks for too much: then
+    nothing is written."""
+    done = []
     for compiled in compile_all(targets, ops):
-        for name, content, row in compiled.files():
-            (directory / name).write_bytes(content)
-            rows.append(row)
         done.append(compiled)
         print(compiled.line(), flush=True)
     if found := [fault for compiled in done for fault in faults(compiled, refuse_spills)]:
         raise RuntimeError("; ".join(found))
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, content, row in (file for compiled in done for file in compiled.files()):
+        (directory / name).write_bytes(content)
+        rows.append(row)
     written = {"version": manifest.VERSION, "sources": manifest.sources_digest(), "kernels": rows}
     (directory / manifest.FILE_NAME).write_text(json.dumps(written, indent=1), encoding="utf-8")
     return done
