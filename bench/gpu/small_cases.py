@@ -124,7 +124,7 @@ def sample(card: Card, rule: str, rows: int) -> GpuCase:
     scratch = (
         card.empty(rows, blocks, dtype=torch.int64),
         card.empty(rows, blocks, sample_kernel.KEEP, dtype=torch.int64),
-        card.empty(rows, blocks, dtype=torch.float64),
+        torch.zeros(rows, blocks, dtype=torch.float64, device=card.device),  # read also where none is written
     )
 
     def results(copy: int) -> tuple[torch.Tensor, torch.Tensor]:
