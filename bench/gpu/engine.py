@@ -74,8 +74,9 @@ class GpuEngine:
         return [(later - earlier) / 1e9 for earlier, later in itertools.pairwise(times)]
 
     def head_start(self, context: int, batch: int) -> int:
-        """Tokens that the first of a batch may have before the last has its prompt behind it."""
-        return 0 if batch == 1 else batch * (context // self.plan.cache.max_step_tokens + 1)
+        """Tokens that the first of a batch may have before the last has its prompt behind it: when a request comes, one
+        step is under way and one ahead of it."""
+        return 0 if batch == 1 else batch * (context // self.plan.cache.max_step_tokens + 2)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Of every token of a prompt, with the cap."""

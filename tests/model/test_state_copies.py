@@ -170,9 +170,9 @@ def test_a_model_without_states() -> None:
     plan = plan_engine(spec, ("F32",), EngineOptions(num_threads=1, max_step_tokens=STEP_TOKENS))
     plan = replace(plan, cache=cache_plan(family="gemma2"), max_logits_rows=STEP_TOKENS)
     step = cpu_step(plan, random_weights(spec, "F32"), core_cache_plan(plan.cache))
-    planner = Planner(run_of(step, spec.vocab_size), plan.cache)
+    tables = tuple(np.zeros((1, group.table_width), np.int32) for group in plan.cache.paged)
     with pytest.raises(Gemma2FastError, match="from slot 0 to 1, expected two different ones of the cache's 0"):
-        planner.step((planner.begin(slot=0), [5]), copies=[(0, 1)])
+        step.run(flat_batch([[5]], [0], block_table=tables, state_copies=[(0, 1)]), spec.vocab_size)
 
 
 def test_copies_that_the_reference_refuses() -> None:
