@@ -183,7 +183,8 @@ def imagined(driver_library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(options, "DRIVER_LIBRARY", gpu.path)
     monkeypatch.setattr(gpu_backend, "kernel_images", lambda arch: gpu.images())
     monkeypatch.setattr(memory, "GPU_PAGE_TOKENS", PAGE)
-    monkeypatch.setattr(models, "CHECKED_STEPS", 2)
+    for module in (models, recurrent):
+        monkeypatch.setattr(module, "CHECKED_STEPS", 2)
     monkeypatch.setattr(peers, "CHECKED_TOKENS", 4)
     return gpu
 
