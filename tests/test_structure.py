@@ -234,8 +234,8 @@ print(time.process_time() - start, [name for name in {HEAVY} if name in sys.modu
 
 
 def test_import_is_light(tmp_path: Path) -> None:
-    """Under 0.3 s of processor time, which a busy machine does not stretch, best of six with bytecode, as pip leaves it;
-    and without torch."""
+    """Under 0.3 s of processor time, which a busy machine does not stretch, best of six, with bytecode, as pip leaves
+    it; and without torch."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
     command = [sys.executable, "-c", IMPORT]
