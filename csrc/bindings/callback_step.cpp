@@ -146,9 +146,8 @@ void bind_callback_step(py::module_& module) {
     py::class_<CallbackStep, ModelStep, std::shared_ptr<CallbackStep>>(
         module, "CallbackStep",
         "Runs a Python callable(batch: StepBatch) -> float32 ndarray [L, V] as a model step. With choose(logits, "
-        "rules) "
-        "-> [L] token ids, where a rule is SamplingParams and the token's index among the generated ones, steps choose "
-        "their tokens and run one ahead; an id of -1 leaves the choice to the sampler.")
+        "rules) -> [L] token ids, where a rule is SamplingParams and the token's index among the generated ones, steps "
+        "choose their tokens and run one ahead; an id of -1 leaves the choice to the sampler.")
         .def(py::init<py::function, std::optional<py::function>>(), py::arg("callable"),
              py::arg("choose") = py::none());
 }
