@@ -21,6 +21,8 @@ from .fake_step import (
     ring_width,
 )
 
+Choose = Callable[[NDArray[np.float32], list[tuple[_core.SamplingParams, int]]], Sequence[int]]
+
 MAX_SEQ_LEN = 96
 WINDOW = 10
 
@@ -40,6 +42,7 @@ def running(
     max_logits_rows: int = 64,
     run: Callable[[StepBatch], NDArray[np.float32]] | None = None,
     chooses: bool = False,
+    choose: Choose | None = None,
 ) -> Iterator[_core.DecodeLoop]:
     limits = _core.Limits(
         max_running_sequences=max_running,
@@ -48,7 +51,7 @@ def running(
         max_logits_rows=max_logits_rows,
         vocab_size=VOCAB_SIZE,
     )
-    core_step = _core.CallbackStep(run or step.run, step.choose if chooses else None)
+    core_step = _core.CallbackStep(run or step.run, choose or (step.choose if chooses else None))
     loop = _core.DecodeLoop(core_step, step.plan(), limits)
     try:
         yield loop

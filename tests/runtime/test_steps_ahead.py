@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from gemma2_fast import _core
 
@@ -178,15 +180,9 @@ def test_a_step_is_finished_though_nobody_is_left() -> None:
     ("chosen", "message"),
     [([], "choose must return 1 tokens, but returned 0"), ("no", "Unable to cast"), ([1, 2], "but returned 2")],
 )
-def test_a_choice_of_something_else(chosen: object, message: str) -> None:
-    step = FakeStep([Group(None, 24, 24)])
-    core_step = _core.CallbackStep(step.run, lambda logits, rules: chosen)  # type: ignore[arg-type,return-value]
-    limits = _core.Limits(max_running_sequences=1, max_step_tokens=8, max_seq_len=96, max_logits_rows=8, vocab_size=97)
-    loop = _core.DecodeLoop(core_step, step.plan(), limits)
-    try:
+def test_a_choice_of_something_else(chosen: Any, message: str) -> None:
+    with running(FakeStep([Group(None, 24, 24)]), choose=lambda logits, rules: chosen) as loop:
         last = collect(loop, loop.submit(greedy([3], 2)))[-1]
-    finally:
-        loop.close()
     assert last.finish_reason == "error"
     assert last.message is not None
     assert message in last.message
@@ -196,19 +192,12 @@ def test_rules_reach_the_choice() -> None:
     """Each row's own parameters, and how many tokens its sequence has generated."""
     seen: list[tuple[float, int | None, float, float, int, int]] = []
 
-    def choose(
-        logits: np.ndarray[tuple[int, int], np.dtype[np.float32]], rules: list[tuple[_core.SamplingParams, int]]
-    ) -> list[int]:
+    def choose(logits: NDArray[np.float32], rules: list[tuple[_core.SamplingParams, int]]) -> list[int]:
         seen.extend((p.temperature, p.top_k, p.top_p, p.min_p, p.seed, index) for p, index in rules)
         return [5] * len(logits)
 
-    step = FakeStep([Group(None, 24, 24)])
-    limits = _core.Limits(max_running_sequences=1, max_step_tokens=8, max_seq_len=96, max_logits_rows=8, vocab_size=97)
-    loop = _core.DecodeLoop(_core.CallbackStep(step.run, choose), step.plan(), limits)
     sampling = _core.SamplingParams(max_tokens=3, temperature=0.5, top_k=7, top_p=0.75, min_p=0.25, seed=2**63 + 1)
-    try:
+    with running(FakeStep([Group(None, 24, 24)]), choose=choose) as loop:
         events = collect(loop, loop.submit(_core.Request(token_ids=[3], sampling=sampling)))
-    finally:
-        loop.close()
     assert ids_of(events) == [5, 5, 5]
     assert seen == [(0.5, 7, 0.75, 0.25, 2**63 + 1, index) for index in range(3)]
