@@ -95,9 +95,11 @@ demo: $(DONE)/package $(DONE)/demo
 	$(call say,'Gemma 3 270M writes (weights under the Gemma Terms of Use: https://ai.google.dev/gemma/terms)')
 	@$(VENV)/bin/gemma2-fast generate gemma-3-270m "$$PROMPT_TEXT" --max-tokens 64 --repetition-penalty 1.2
 
+# Not more processes than four: each has models in memory.
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 test: $(DONE)/package $(DONE)/test
 	$(call say,'Running the whole test suite')
-	$(PY) -m pytest --durations=15
+	$(PY) -m pytest $(IN_PARALLEL) --durations=15
 
 check: $(DONE)/package $(DONE)/test
 	$(call say,'Linters and types')
@@ -108,7 +110,7 @@ check: $(DONE)/package $(DONE)/test
 	ln -sfn $(CURDIR)/python/gemma2_fast/* $(CURDIR)/bench $(CURDIR)/triton_kernels build/mypy/gemma2_fast
 	MYPYPATH=build/mypy $(PY) -m mypy -p gemma2_fast
 	$(call say,'Fast tests')
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest $(IN_PARALLEL) -m 'not slow'
 
 format: $(DONE)/test
 	$(PY) -m ruff check --fix .

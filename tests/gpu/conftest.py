@@ -24,11 +24,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail("GEMMA2_FAST_GPU=1 asks for a GPU, and torch sees none")
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if count := sum(NO_GPU in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())):
-        terminalreporter.write_line(f"tests/gpu: {count} tests were not run, each {NO_GPU}", yellow=True)
-
-
 class Judge:
     """The bound of tests.support.closeness, by the dtype of what a kernel gave."""
 
