@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t kHiddenPerTask = 128;  // MLP neurons claimed at once: a group of the quantised hidden rows
 constexpr int64_t kTokensPerTask = 8;    // tokens of an elementwise op claimed at once
-// Strips of a matrix are claimed several at once, which saves reads, where each thread still finds so many tasks.
+// Strips of a matrix are claimed several at once, in pairs as a single token reads them, where each thread still finds
+// so many tasks.
 constexpr int64_t kTasksPerThread = 6;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -280,8 +281,8 @@ void CpuStep::project_logits(const StepBatch& batch, std::span<float> logits) {
 void CpuStep::matmul(const Input& input, std::initializer_list<MatmulJob> jobs) {
     int64_t num_strips = 0, num_tasks = 0;
     for (const MatmulJob& job : jobs) num_strips += job.weight.num_strips();
-    const int64_t at_once =
-        std::clamp<int64_t>(num_strips / (kTasksPerThread * threads_.num_threads()), 1, kMostStripsAtOnce);
+    const int64_t pairs = num_strips / (kTasksPerThread * threads_.num_threads()) / 2;
+    const int64_t at_once = std::clamp<int64_t>(2 * pairs, 1, kMostStripsAtOnce);
     for (const MatmulJob& job : jobs) num_tasks += divide_up(job.weight.num_strips(), at_once);
     threads_.parallel_for(num_tasks, [&](int64_t task, int thread) {
         for (const MatmulJob& job : jobs) {
