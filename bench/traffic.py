@@ -7,6 +7,7 @@ import math
 from gemma2_fast.description import Description
 from gemma2_fast.engine.cache_plan import CachePlan
 from gemma2_fast.errors import BackendError
+from gemma2_fast.quant import FORMATS
 from gemma2_fast.spec import ModelSpec
 from gemma2_fast.weights.manifest import manifest
 from gemma2_fast.weights.quantize import UNQUANTIZED, quantized_format
@@ -23,6 +24,15 @@ def weight_bytes(description: Description, quantization: str | None) -> int:
         return target.num_bytes(tensor.shape)
 
     return sum(in_memory(name, tensor) for name, tensor in description.checkpoint.weights.items())
+
+
+def device_weight_bytes(spec: ModelSpec, quantization: str | None) -> int:
+    """Bytes of all weights on a GPU: quantised where they can be, else bfloat16."""
+    total = 0
+    for name, shape in manifest(spec).items():
+        chosen = None if quantization is None else quantized_format(name, shape, quantization)
+        total += (chosen or FORMATS["BF16"]).num_bytes(shape)
+    return total
 
 
 def cache_bytes(cache: CachePlan, context: int) -> float:

@@ -17,7 +17,6 @@ from gemma2_fast.bench.gpu.engine import GpuEngine, Sizes
 from gemma2_fast.bench.gpu.random_weights import random_tensors
 from gemma2_fast.bench.gpu.rows import GpuRow, row_of
 from gemma2_fast.engine.cache_plan import CachePlan
-from gemma2_fast.engine.device_weights import device_weight_bytes
 from gemma2_fast.errors import BackendError
 from gemma2_fast.reference.model import ReferenceModel
 from gemma2_fast.spec import ModelSpec
@@ -58,7 +57,7 @@ def spec_of(size: str) -> ModelSpec:
 def step_bytes(spec: ModelSpec, cache: CachePlan, stored: str, context: float, batch: int) -> float:
     """What a decode step must read: every weight once, the tied embedding as the head, and every sequence's keys and
     values."""
-    weights = device_weight_bytes(spec, "BF16", None if stored == UNQUANTIZED else stored)
+    weights = traffic.device_weight_bytes(spec, None if stored == UNQUANTIZED else stored)
     return weights + batch * traffic.cache_bytes(cache, round(context))
 
 

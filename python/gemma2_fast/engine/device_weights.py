@@ -48,13 +48,3 @@ def device_formats(spec: ModelSpec, quantization: str | None) -> dict[str, str]:
             chosen = None if quantization is None else quantized_format(name, shape, quantization)
             formats[name] = "bfloat16" if chosen is None else _FORMATS[chosen.name]
     return formats
-
-
-def device_weight_bytes(spec: ModelSpec, stored: str, quantization: str | None) -> int:
-    """What a model takes on the device, stored in one format or quantised from it."""
-    total = 0
-    for name, shape in manifest(spec).items():
-        chosen = quantized_format(name, shape, quantization) if quantization is not None else FORMATS[stored]
-        kept = chosen if chosen is not None and chosen.name in _FORMATS else FORMATS["BF16"]
-        total += kept.num_bytes(shape)
-    return total
