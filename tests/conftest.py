@@ -31,5 +31,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if count := sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", ())):
+    if count := sum("an NVIDIA GPU" in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())):
         terminalreporter.write_line(f"tests/gpu: {count} tests were not run, each needs an NVIDIA GPU: run `make gpu`")
