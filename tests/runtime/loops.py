@@ -87,3 +87,9 @@ class Gate:
         self.entered.release()
         assert self.go.acquire(timeout=10)
         return self.step.run(batch)
+
+    def hold_after(self, steps: int) -> None:
+        """Waits until so many steps have run and the loop is inside the next."""
+        self.go.release(steps)
+        for _ in range(steps + 1):
+            assert self.entered.acquire(timeout=10)

@@ -133,9 +133,7 @@ def test_no_more_sequences_run_than_a_step_has_rows_for() -> None:
     gate = Gate(step)
     with running(step, run=gate.run, max_logits_rows=2) as loop:
         ids = [loop.submit(greedy(prompt_of(5, i), 3)) for i in range(5)]
-        gate.go.release()
-        for _ in range(2):  # the second step begins with every request known
-            assert gate.entered.acquire(timeout=10)
+        gate.hold_after(1)  # the second step begins with every request known
         assert (loop.stats()["num_running"], loop.stats()["num_waiting"]) == (2, 3)
         gate.go.release(1000)
         for sequence_id in ids:

@@ -58,9 +58,7 @@ def test_no_step_runs_ahead_of_a_request_that_reads_logits() -> None:
     gate = Gate(step)
     with running(step, run=gate.run, max_step_tokens=16, chooses=True) as loop:
         plain = loop.submit(greedy(prompt_of(11), 40))
-        gate.go.release(4)
-        for _ in range(5):
-            assert gate.entered.acquire(timeout=10)
+        gate.hold_after(4)
         wordy = loop.submit(greedy(prompt_of(7, 1), 5, num_logprobs=2))
         gate.go.release(1000)
         events = collect(loop, wordy)
@@ -110,9 +108,7 @@ def test_cancelled_while_two_steps_are_under_way() -> None:
     gate = Gate(step)
     with running(step, run=gate.run, max_step_tokens=16, chooses=True) as loop:
         first = loop.submit(greedy(prompt_of(9), 60))
-        gate.go.release(4)
-        for _ in range(5):
-            assert gate.entered.acquire(timeout=10)
+        gate.hold_after(4)
         loop.cancel(first)
         other = loop.submit(greedy(prompt_of(14, 1), 20))  # takes over the pages that the lost steps wrote to
         gate.go.release(1000)
@@ -141,9 +137,7 @@ def test_a_loop_leaves_no_step_unfinished_to_the_next_one() -> None:
     limits = _core.Limits(max_running_sequences=1, max_step_tokens=16, max_seq_len=96, max_logits_rows=8, vocab_size=97)
     loop = _core.DecodeLoop(core_step, step.plan(), limits)
     cut_off = loop.submit(greedy(prompt_of(9), 60))
-    gate.go.release(4)
-    for _ in range(5):
-        assert gate.entered.acquire(timeout=10)
+    gate.hold_after(4)
     closing = threading.Thread(target=loop.close)
     closing.start()
     time.sleep(0.05)
@@ -164,9 +158,7 @@ def test_a_step_is_finished_though_nobody_is_left() -> None:
     gate = Gate(step)
     with running(step, run=gate.run, max_step_tokens=16, chooses=True) as loop:
         only = loop.submit(greedy(prompt_of(9), 60))
-        gate.go.release(4)
-        for _ in range(5):
-            assert gate.entered.acquire(timeout=10)
+        gate.hold_after(4)
         loop.cancel(only)
         gate.go.release(1000)
         assert collect(loop, only)[-1].finish_reason == "cancelled"
